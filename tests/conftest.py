@@ -1,0 +1,71 @@
+"""What every test may use. `build/test` makes what the session fixtures name and says where in the environment."""
+
+import logging
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # `from fakes.x import …`
+
+
+def _made(variable: str) -> str:
+    value = os.environ.get(variable)
+    assert value, f"{variable} is not set: run the tests through ./build/test"
+    assert Path(value).exists(), f"{variable}={value} does not exist: run ./build/test"
+    return value
+
+
+@pytest.fixture(scope="session")
+def vllm_launcher() -> str:
+    """Path of a real `vllm`."""
+    return _made("XIM_TEST_VLLM")
+
+
+@pytest.fixture(scope="session")
+def toy_model() -> Path:
+    """Directory of the toy Llama of build/toy_model.py."""
+    return Path(_made("XIM_TEST_TOY_MODEL"))
+
+
+@pytest.fixture(scope="session")
+def agent_exe() -> Path:
+    """The frozen executable, made from the sources under test."""
+    return Path(_made("XIM_TEST_EXE"))
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A loopback port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class _Errors(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+@pytest.fixture(autouse=True)
+def _errors(request: pytest.FixtureRequest) -> Iterator[list[logging.LogRecord]]:
+    handler = _Errors()
+    logger = logging.getLogger("xim_agent")
+    logger.addHandler(handler)
+    yield handler.records
+    logger.removeHandler(handler)
+    if "error_logs" not in request.fixturenames:
+        assert not handler.records, f"unexpected errors were logged: {[r.getMessage() for r in handler.records]}"
+
+
+@pytest.fixture
+def error_logs(_errors: list[logging.LogRecord]) -> list[logging.LogRecord]:
+    """Error records so far. A test that asks for this fixture expects some and looks at them itself."""
+    return _errors

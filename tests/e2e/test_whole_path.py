@@ -1,0 +1,256 @@
+"""Frozen executable, local router in its own process, real vLLM on CPU. One engine serves most of it, in file order."""
+
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from fakes.stack import Stack, alive, running, stream_lines, until
+
+pytestmark = pytest.mark.e2e
+
+PROMPT = [{"role": "user", "content": "Tell me a story about a lighthouse."}]
+LONG = {"max_tokens": 8000, "temperature": 0, "seed": 1, "extra_body": {"ignore_eos": True}}
+
+
+@pytest.fixture(scope="module")
+def stack(agent_exe: Path, vllm_launcher: str, toy_model: Path, tmp_path_factory: Any) -> Iterator[Stack]:
+    root = tmp_path_factory.mktemp("e2e")
+    with running(Stack(str(agent_exe), vllm_launcher, toy_model, root)) as stack:
+        stack.start_agent(XEROTIER_AGENT_JOIN_KEY=stack.join_key)
+        stack.wait_ready()
+        yield stack
+
+
+@pytest.fixture
+def ready(stack: Stack) -> Stack:
+    """The stack, brought back when the test before left it without an agent. No join key: it has a credential."""
+    if stack.agent is None or stack.agent.popen.poll() is not None:
+        stack.start_agent()
+    stack.wait_ready()
+    return stack
+
+
+def mask(body: bytes) -> bytes:
+    body = re.sub(rb'"id":"[a-z-]+-[0-9a-f-]+"', b'"id":"X"', body)
+    return re.sub(rb'"created":\d+', b'"created":0', body)
+
+
+def chat_body(**more: Any) -> dict[str, Any]:
+    return {"model": "toy", "messages": PROMPT, "max_tokens": 60, "temperature": 0, "seed": 1} | more
+
+
+def stream_text(stack: Stack, started: threading.Event | None = None, **more: Any) -> str:
+    """A long streamed completion to its end; raises when the stream ends without `[DONE]`."""
+    parts, done = [], False
+    body = chat_body(stream=True, ignore_eos=True, max_tokens=6000) | more
+    with (
+        httpx.Client(timeout=60) as client,
+        client.stream(
+            "POST", f"{stack.url}/v1/chat/completions", json=body, headers={"Authorization": f"Bearer {stack.api_key}"}
+        ) as response,
+    ):
+        assert response.status_code == 200, response.read()
+        for event in stream_lines(response):
+            if event == "[DONE]":
+                done = True
+                continue
+            assert isinstance(event, dict)
+            if "error" in event:
+                raise ConnectionError(event["error"])
+            parts += [c["delta"].get("content") or "" for c in event["choices"]]
+            if started is not None and len(parts) > 5:
+                started.set()
+    if not done:
+        raise ConnectionError("the stream ended without [DONE]")
+    return "".join(parts)
+
+
+class Stream:
+    """`stream_text` in a thread, so that the test can break things meanwhile."""
+
+    def __init__(self, stack: Stack, **more: Any) -> None:
+        self.started = threading.Event()
+        self.result: str | None = None
+        self.error: Exception | None = None
+        self.ended_at = 0.0
+        self._thread = threading.Thread(target=self._run, args=(stack, more))
+        self._thread.start()
+        assert self.started.wait(30), self.error
+
+    def _run(self, stack: Stack, more: dict[str, Any]) -> None:
+        try:
+            self.result = stream_text(stack, self.started, **more)
+        except (httpx.HTTPError, ConnectionError, AssertionError) as error:
+            self.error = error
+        self.ended_at = time.monotonic()
+
+    def join(self, seconds: float) -> "Stream":
+        self._thread.join(seconds)
+        assert not self._thread.is_alive(), f"the stream has no end after {seconds} s"
+        return self
+
+
+def test_first_start_says_what_operators_wait_for(stack: Stack) -> None:
+    assert stack.agent is not None
+    text = stack.agent.text
+    enrolled = re.search(r"enrollment successful: ([0-9a-f-]{36})", text)
+    assert enrolled
+    assert text.index("enrollment successful") < text.index('"message": "ready"')
+    assert stack.join_key not in text
+
+
+def test_chat_through_the_openai_package(ready: Stack) -> None:
+    client = ready.client()
+    whole = client.chat.completions.create(model="toy", messages=PROMPT, max_tokens=40, temperature=0, seed=1)  # type: ignore[arg-type]
+    stream = client.chat.completions.create(
+        model="toy", messages=PROMPT, max_tokens=40, temperature=0, seed=1, stream=True
+    )  # type: ignore[call-overload]
+    text = "".join(c.choices[0].delta.content or "" for c in stream if c.choices)
+    assert text == whole.choices[0].message.content
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens > 0
+    assert [m.id for m in client.models.list()] == ["toy"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_answer_is_what_vllm_gives_directly(ready: Stack, path: str, stream: bool) -> None:
+    body = chat_body(stream=stream)
+    if path == "/v1/completions":
+        del body["messages"]
+        body["prompt"] = "Once upon a time"
+    ready.direct(path, body)  # fills the prefix cache, so that both have the same cached_tokens
+    direct, through = ready.direct(path, body), ready.post(path, body)
+    assert direct.status_code == through.status_code == 200
+    assert mask(through.content) == mask(direct.content)
+    assert through.headers["content-type"] == direct.headers["content-type"]
+
+
+def test_errors_of_vllm_reach_the_client_unchanged(ready: Stack) -> None:
+    body = chat_body(temperature=-3)
+    direct, through = ready.direct("/v1/chat/completions", body), ready.post("/v1/chat/completions", body)
+    assert direct.status_code == through.status_code == 400
+    assert mask(through.content) == mask(direct.content)
+
+
+def test_errors_of_the_router_are_openais(ready: Stack) -> None:
+    with pytest.raises(openai.NotFoundError) as missing:
+        ready.client().chat.completions.create(model="nope", messages=PROMPT)  # type: ignore[arg-type]
+    assert missing.value.code == "model_not_found"
+    client = openai.OpenAI(base_url=f"{ready.url}/v1", api_key="sk-wrong", max_retries=0)
+    with pytest.raises(openai.AuthenticationError):
+        client.models.list()
+
+
+def test_node_is_shown_online(ready: Stack) -> None:
+    def online() -> bool:
+        rows = httpx.get(f"{ready.url}/dashboard/agents.json").json()["agents"]
+        return [r["status"] for r in rows] == ["online"] and rows[0]["model"] == "toy"
+
+    until("the node is online", online, 60)
+
+
+def test_client_that_goes_away_stops_the_engine(ready: Stack) -> None:
+    def running_now() -> float:
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(ready.socket))) as client:
+            text = client.get("http://engine/metrics").text
+        return sum(map(float, re.findall(r"^vllm:num_requests_running\{.*\} ([0-9.]+)$", text, re.M)))
+
+    stream = ready.client().chat.completions.create(
+        model="toy", messages=PROMPT, stream=True, **LONG
+    )  # type: ignore[call-overload]
+    for _ in zip(range(5), stream, strict=False):
+        pass
+    assert running_now() == 1
+    stream.close()
+    until("vLLM has stopped generating", lambda: running_now() == 0, 1)
+
+
+def test_link_cut_for_5_s_loses_nothing(ready: Stack) -> None:
+    expected = stream_text(ready)
+    stream = Stream(ready)
+    ready.proxy.cut()
+    threading.Event().wait(5)
+    ready.proxy.restore()
+    stream.join(60)
+    assert stream.error is None
+    assert stream.result == expected
+
+
+def test_router_restarted_agent_is_back(ready: Stack) -> None:
+    assert ready.router is not None
+    assert ready.agent is not None
+    enrolled = ready.agent.text.count("enrollment successful")
+    ready.router.popen.kill()
+    ready.router.wait(10)
+    ready.start_router()
+    begin = time.monotonic()
+    response = until(
+        "the next request works",
+        lambda: (r := ready.post("/v1/chat/completions", chat_body())).status_code == 200 and r,
+        10,
+    )
+    assert time.monotonic() - begin < 2 + 1.5, "back within 2 s, plus the answer itself"
+    assert response.json()["choices"]
+    assert ready.agent.text.count("enrollment successful") == enrolled
+
+
+@pytest.mark.parametrize("victim", [("vllm", "serve"), ("EngineCore",)])
+def test_engine_killed_during_a_stream(ready: Stack, victim: tuple[str, ...]) -> None:
+    assert ready.agent is not None
+    failures = ready.metric("xim_agent_engine_failures_total")
+    process = ready.agent.named(*victim)
+    stream = Stream(ready)
+    begin = time.monotonic()
+    process.send_signal(signal.SIGKILL)
+    stream.join(20)
+    assert stream.result is None, "never a clean end"
+    assert stream.error is not None
+    assert stream.ended_at - begin < 5
+    until("the agent has seen it", lambda: ready.metric("xim_agent_engine_failures_total") > failures, 30)
+    ready.wait_ready()
+    assert ready.post("/v1/chat/completions", chat_body()).status_code == 200
+
+
+def test_sigterm_during_a_stream_lets_it_finish(ready: Stack) -> None:
+    expected = stream_text(ready)
+    stream = Stream(ready)
+    assert ready.stop_agent() == 0
+    stream.join(10)
+    assert stream.error is None
+    assert stream.result == expected
+    assert not ready.socket.exists()
+
+
+def test_starts_again_without_the_join_key(ready: Stack) -> None:
+    assert ready.agent is not None
+    assert "enrollment successful" not in ready.agent.text
+    assert ready.post("/v1/chat/completions", chat_body()).status_code == 200
+
+
+@pytest.mark.parametrize("when", ["ready", "starting"])
+@pytest.mark.parametrize("victim", ["bootloader", "child"])
+def test_kill_9_of_the_agent_leaves_nothing(stack: Stack, victim: str, when: str) -> None:
+    if stack.agent is None:
+        stack.start_agent()
+    assert stack.agent is not None
+    if when == "ready":
+        stack.wait_ready()
+    else:
+        until("vLLM is being started", lambda: stack.agent is not None and len(stack.agent.family()) >= 4, 60)
+    family = stack.agent.family()
+    bootloader = family[0]
+    child = bootloader.children()[0]
+    assert len(family) >= 4, "bootloader, agent, guard, vLLM"
+    (bootloader if victim == "bootloader" else child).kill()
+    until(f"nothing is left of {family}", lambda: not alive(family), 10)
+    until("the socket is gone", lambda: not stack.socket.exists(), 1)
+    stack.agent.wait(5)
+    stack.agent = None

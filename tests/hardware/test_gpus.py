@@ -1,0 +1,201 @@
+"""NVIDIA through a stand-in for NVML, AMD through tools that print recorded output."""
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from xim_agent.hardware import amd
+from xim_agent.hardware.nvidia import read_nvidia
+from xim_agent.hardware.probe import probe
+
+GIB = 2**30
+
+
+class Nvml:
+    """Two GPUs, the second cut into two MIG slices. `broken`: the NVML error code that every call gives."""
+
+    NVML_ERROR_LIBRARY_NOT_FOUND = 12
+    NVML_ERROR_DRIVER_NOT_LOADED = 9
+    NVML_DEVICE_MIG_ENABLE = 1
+
+    class NVMLError(Exception):
+        def __init__(self, value: int) -> None:
+            super().__init__(f"code {value}")
+            self.value = value
+
+    def __init__(self, broken: int | None = None, at: str = "nvmlInit") -> None:
+        self.broken = {at: broken} if broken is not None else {}
+        self.open = 0
+
+    def __getattribute__(self, name: str) -> Any:
+        if name.startswith("nvml") and name in object.__getattribute__(self, "broken"):
+            raise Nvml.NVMLError(self.broken[name])
+        return object.__getattribute__(self, name)
+
+    def nvmlInit(self) -> None:
+        self.open += 1
+
+    def nvmlShutdown(self) -> None:
+        self.open -= 1
+
+    def nvmlSystemGetCudaDriverVersion_v2(self) -> int:
+        return 12080
+
+    def nvmlSystemGetDriverVersion(self) -> bytes:
+        return b"570.1"
+
+    def nvmlDeviceGetCount(self) -> int:
+        return 2
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> str:
+        return str(index)
+
+    def nvmlDeviceGetName(self, handle: str) -> str:
+        return "H100"
+
+    def nvmlDeviceGetCudaComputeCapability(self, handle: str) -> tuple[int, int]:
+        return 9, 0
+
+    def nvmlDeviceGetUUID(self, handle: str) -> str:
+        return ("MIG-" if "." in handle else "GPU-") + handle
+
+    def nvmlDeviceGetMigMode(self, handle: str) -> tuple[int, int]:
+        if handle == "0":
+            raise Nvml.NVMLError(3)
+        return 1, 1
+
+    def nvmlDeviceGetMaxMigDeviceCount(self, handle: str) -> int:
+        return 7
+
+    def nvmlDeviceGetMigDeviceHandleByIndex(self, handle: str, number: int) -> str:
+        if number > 1:
+            raise Nvml.NVMLError(6)
+        return f"{handle}.{number}"
+
+    def nvmlDeviceGetMemoryInfo(self, handle: str) -> Any:
+        return SimpleNamespace(total=20 * GIB if "." in handle else 80 * GIB, free=19 * GIB)
+
+
+def test_nvidia_with_mig() -> None:
+    nvml = Nvml()
+    found = read_nvidia(nvml)
+    assert [(d.index, d.uuid, d.memory_total_bytes, d.mig) for d in found.devices] == [
+        (0, "GPU-0", 80 * GIB, False),
+        (1, "MIG-1.0", 20 * GIB, True),
+        (1, "MIG-1.1", 20 * GIB, True),
+    ]
+    assert (found.driver, found.cuda, found.devices[0].compute_capability, found.note) == ("570.1", "12.8", "9.0", "")
+    assert nvml.open == 0
+
+
+@pytest.mark.parametrize(("code", "note"), [(12, ""), (9, ""), (18, "NVML: code 18")])
+def test_no_driver_is_silent_and_a_broken_one_is_not(code: int, note: str) -> None:
+    assert read_nvidia(Nvml(code)).note == note
+
+
+def test_gpu_lost_while_looking() -> None:
+    nvml = Nvml(15, "nvmlDeviceGetName")
+    assert (read_nvidia(nvml).note, nvml.open) == ("NVML: code 15", 0)
+
+
+def test_gpu_without_memory_of_its_own() -> None:
+    assert read_nvidia(Nvml(3, "nvmlDeviceGetMemoryInfo")).devices[0].memory_total_bytes == 0
+
+
+STATIC = [
+    {
+        "gpu": 0,
+        "asic": {"market_name": "AMD Instinct MI300X", "target_graphics_version": "gfx942"},
+        "driver": {"name": "amdgpu", "version": "6.8.5"},
+        "vram": {"type": "HBM", "size": {"value": 196592, "unit": "MB"}},
+    }
+]
+MEMORY = [
+    {"gpu": 0, "mem_usage": {"total_vram": {"value": 196592, "unit": "MB"}, "free_vram": {"value": 1, "unit": "GB"}}}
+]
+LIST = [{"gpu": 0, "bdf": "0000:05:00.0", "uuid": "2cff74a1-0000-1000-80d5"}]
+ROCM = {
+    "card1": {
+        "Card Series": "Radeon RX 7900 XT",
+        "GFX Version": "gfx1100",
+        "Unique ID": "0x1",
+        "VRAM Total Memory (B)": "21458059264",
+        "VRAM Total Used Memory (B)": "27856896",
+    },
+    "system": {"Driver version": "6.7"},
+}
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+def test_amd_smi(wrap: bool) -> None:
+    outputs = [json.dumps({"gpu_data": x} if wrap else x).encode() for x in (STATIC, MEMORY, LIST)]
+    (device,), driver = amd.from_amd_smi(*outputs)
+    assert (device.name, device.compute_capability, driver) == ("AMD Instinct MI300X", "gfx942", "6.8.5")
+    assert (device.memory_total_bytes, device.memory_free_bytes) == (196592 * 2**20, GIB)
+    assert device.uuid.startswith("2cff")
+
+
+def test_amd_smi_that_does_not_know() -> None:
+    memory = [{"gpu": 0, "mem_usage": {"total_vram": 8192, "free_vram": "N/A"}}]
+    (device,), _ = amd.from_amd_smi(b'[{"gpu":0,"vram":"N/A"}]', json.dumps(memory).encode(), b"[]")
+    assert (device.memory_total_bytes, device.memory_free_bytes) == (8192 * 2**20, 0)
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Path:
+    (tmp_path / "sys/class/kfd/kfd/topology").mkdir(parents=True)
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/cpuinfo").write_text("processor : 0\n")
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 1024 kB\n")
+    (tmp_path / "bin").mkdir()
+    return tmp_path
+
+
+def tool(machine: Path, name: str, script: str) -> None:
+    path = machine / "bin" / name
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+async def probe_amd(machine: Path) -> Any:
+    env = {"PATH": f"{machine}/bin:{os.defpath}"}
+    return await probe(root=machine, affinity=[0], nvml=Nvml(12), env=env)
+
+
+async def test_probe_asks_amd_smi(machine: Path) -> None:
+    answers = {"static": STATIC, "metric": MEMORY, "list": LIST}
+    cases = "\n".join(f"{name}) echo '{json.dumps(answer)}';;" for name, answer in answers.items())
+    tool(machine, "amd-smi", f"case $1 in {cases} esac")
+    hardware = await probe_amd(machine)
+    assert (hardware.accelerator, hardware.devices[0].name, hardware.notes) == ("amd", "AMD Instinct MI300X", ())
+
+
+@pytest.mark.parametrize("broken", ["exit 3", "echo nonsense", None])
+async def test_probe_falls_back_to_rocm_smi(machine: Path, broken: str | None) -> None:
+    if broken:
+        tool(machine, "amd-smi", broken)
+    tool(machine, "rocm-smi", f"echo '{json.dumps(ROCM)}'")
+    hardware = await probe_amd(machine)
+    (device,) = hardware.devices
+    assert (device.index, device.name, device.memory_total_bytes) == (1, "Radeon RX 7900 XT", 21458059264)
+    assert device.memory_free_bytes == 21458059264 - 27856896
+    assert hardware.driver == "6.7"
+
+
+async def test_amd_gpu_without_tools_is_noted(machine: Path) -> None:
+    hardware = await probe_amd(machine)
+    assert (hardware.accelerator, hardware.devices) == ("cpu", ())
+    assert "amd-smi" in hardware.notes[0]
+    assert "rocm-smi" in hardware.notes[0]
+
+
+async def test_probe_of_this_machine() -> None:
+    hardware = await probe()
+    assert hardware.cpu.threads >= len(hardware.cpus) >= 1
+    assert 0 < hardware.cpu_limit <= len(hardware.cpus)
+    assert 0 < hardware.memory_bytes <= hardware.memory_total_bytes
+    assert len(hardware.core_of) == len(hardware.cpus)

@@ -1,0 +1,225 @@
+import json
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from typing import Any
+
+import pytest
+import trio
+import zstandard
+from msgspec import Raw
+
+from xim_agent.errors import AgentError
+from xim_agent.mesh import codec
+from xim_agent.mesh.messages import EventsReply, Load, PollReply, PollRequest
+from xim_agent.outcome import Action, RouterError
+
+POLL = PollRequest("b", 1, "ready", 4, 0, [], None, 4, Load(), None, [])
+FRAME = Raw(codec.encode_frame(1, 0, "data", b"x" * 4000))
+
+
+def problem(answer: Any, status: int, code: str, **headers: str) -> Any:
+    body = json.dumps({"code": code, "detail": f"because of {code}", "protocols": [2]}).encode()
+    return answer(status, {"content-type": "application/problem+json", **headers}, body)
+
+
+async def test_a_poll_and_what_every_request_carries(client: Any, start: Any, login: Any, answer: Any) -> None:
+    async def reply(call: Any) -> Any:
+        assert codec.decode_poll_request(call.body) == POLL
+        body = zstandard.compress(codec.encode(PollReply(generation=3, idle_reason="x" * 2000)))
+        return answer(headers={"content-encoding": "zstd", "set-cookie": "a=b"}, body=body)
+
+    server = await start(reply)
+    client.credentials = login(server.url)
+    for _ in range(2):
+        assert (await client.poll(POLL)).generation == 3
+    for call in server.calls:
+        assert (call.method, call.path) == ("POST", "/v1/work/poll")
+        assert call.headers["xim-protocol"] == "1"
+        assert call.headers["user-agent"].startswith("xerotier-xim-agent/")
+        assert call.headers["authorization"] == "Bearer token-1"
+        assert call.headers["accept-encoding"] == "zstd"
+        assert call.headers["content-type"] == "application/vnd.msgpack"
+        assert "cookie" not in call.headers
+    assert server.connections == 1
+
+
+async def test_events_are_compressed_and_counted(client: Any, start: Any, login: Any, answer: Any) -> None:
+    async def reply(call: Any) -> Any:
+        assert call.headers["content-encoding"] == "zstd"
+        body = zstandard.ZstdDecompressor().decompress(call.body)
+        assert codec.decode_events_request(body).frames == [FRAME]
+        return answer(body=codec.encode(EventsReply(acked={1: 0})))
+
+    server = await start(reply)
+    client.credentials = login(server.url)
+    assert (await client.events("b", [FRAME])).acked == {1: 0}
+    assert client.statistics().bytes_sent < 200
+    assert client.statistics().calls == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "action"),
+    [
+        (403, "agent_suspended", Action.WAIT),
+        (410, "agent_removed", Action.REMOVED),
+        (409, "identity_in_use", Action.CLONE),
+        (400, "invalid_request", Action.FINAL),
+        (429, "slow_down", Action.RETRY),
+        (503, "restarting", Action.RETRY),
+        (302, "moved", Action.RETRY),
+        (418, "", Action.FINAL),
+    ],
+)
+async def test_who_must_act(
+    client: Any, start: Any, login: Any, answer: Any, status: int, code: str, action: Action
+) -> None:
+    async def reply(call: Any) -> Any:
+        return problem(answer, status, code)
+
+    server = await start(reply)
+    client.credentials = login(server.url)
+    with pytest.raises(RouterError) as error:
+        await client.poll(POLL)
+    assert error.value.action is action
+    assert error.value.code == (code or "http_418")
+    assert client.statistics().failures == {error.value.code: 1}
+    assert len(server.calls) == 1
+
+
+async def test_the_other_protocol_is_named(client: Any, start: Any, login: Any, answer: Any) -> None:
+    async def reply(call: Any) -> Any:
+        return problem(answer, 426, "protocol_unsupported")
+
+    server = await start(reply)
+    client.credentials = login(server.url)
+    with pytest.raises(RouterError, match=r"router speaks \[2\], this agent \[1\]") as error:
+        await client.poll(POLL)
+    assert error.value.exit_code == 13
+
+
+async def test_retry_after_and_skew(client: Any, start: Any, login: Any, answer: Any, skews: Any) -> None:
+    waits = iter(["7", format_datetime(datetime.now(UTC) + timedelta(seconds=1009), usegmt=True), "soon"])
+    date = format_datetime(datetime.now(UTC) + timedelta(seconds=1000), usegmt=True)
+
+    async def reply(call: Any) -> Any:
+        return problem(answer, 503, "busy", date=date, **{"retry-after": next(waits)})
+
+    server = await start(reply)
+    client.credentials = login(server.url)
+    found = []
+    for _ in range(3):
+        with pytest.raises(RouterError) as error:
+            await client.poll(POLL)
+        found.append(error.value.retry_after)
+        assert error.value.date_skew == pytest.approx(1000, abs=3)
+    assert found == [7, pytest.approx(9, abs=1), None]
+    assert skews == [pytest.approx(1000, abs=3)] * 3
+
+
+async def test_a_401_refreshes_and_repeats_once(client: Any, start: Any, login: Any, answer: Any) -> None:
+    good = "token-2"
+
+    async def reply(call: Any) -> Any:
+        if call.headers["authorization"] != f"Bearer {good}":
+            return problem(answer, 401, "token_expired")
+        return answer(body=codec.encode(PollReply()))
+
+    server = await start(reply)
+    client.credentials = credentials = login(server.url)
+    await client.poll(POLL)
+    assert credentials.refusals == ["token-1"]
+    good = "another"
+    with pytest.raises(RouterError) as error:
+        await client.poll(POLL)
+    assert error.value.action is Action.RETRY
+    assert credentials.refusals == ["token-1", "token-2"]
+    assert len(server.calls) == 4
+
+
+@pytest.mark.parametrize(
+    ("headers", "body"),
+    [
+        ({}, b"<html>welcome to the hotel</html>"),
+        ({}, codec.encode([1])),
+        ({"content-encoding": "zstd"}, zstandard.compress(bytes(2_000_000))),
+        ({"content-encoding": "zstd"}, b"garbage"),
+        ({}, bytes(2_000_000)),
+    ],
+    ids=["html", "shape", "bomb", "encoding", "size"],
+)
+async def test_an_unreadable_reply_is_retried_and_counted(
+    client: Any, start: Any, login: Any, answer: Any, headers: Any, body: Any
+) -> None:
+    async def reply(call: Any) -> Any:
+        return answer(200, headers, body)
+
+    server = await start(reply)
+    client.credentials = login(server.url)
+    with pytest.raises(RouterError) as error:
+        await client.events("b", [FRAME])
+    assert error.value.action is Action.RETRY
+    assert client.statistics().failures == {"reply_malformed": 1}
+
+
+async def test_identity_calls(client: Any, start: Any, answer: Any) -> None:
+    async def reply(call: Any) -> Any:
+        assert call.headers["dpop"] == "proof"
+        assert "authorization" not in call.headers
+        return answer(201, body=json.dumps({"path": call.path, **json.loads(call.body)}).encode())
+
+    server = await start(reply)
+    assert await client.enroll(server.url, "proof", {"a": 1}) == {"path": "/v1/enroll", "a": 1}
+    assert await client.refresh(server.url + "/", "proof", {}) == {"path": "/v1/enroll/refresh"}
+
+    async def much(call: Any) -> Any:
+        return answer(body=b"[" + b" " * 70_000)
+
+    server.answer = much
+    with pytest.raises(RouterError, match="more than 65536 bytes"):
+        await client.enroll(server.url, "proof", {})
+
+
+async def test_assignment_manifest_and_body(client: Any, start: Any, login: Any, answer: Any) -> None:
+    async def reply(call: Any) -> Any:
+        if call.path == "/v1/assignment":
+            return answer(204) if len(server.calls) == 1 else answer(body=b"a.b.c\n")
+        return answer(body=call.path.encode())
+
+    server = await start(reply)
+    client.credentials = login(server.url)
+    assert await client.assignment() is None
+    assert await client.assignment() == "a.b.c"
+    assert await client.manifest("ab12") == b"/v1/models/manifests/ab12"
+    assert await client.lease_body("../x y") == b"/v1/work/leases/..%2Fx%20y/body"
+
+
+async def test_cancelling_a_held_poll_closes_its_connection(client: Any, start: Any, login: Any, answer: Any) -> None:
+    arrived, gone = trio.Event(), trio.Event()
+
+    async def hold(call: Any) -> Any:
+        arrived.set()
+        assert await call.stream.receive_some(1) == b""
+        gone.set()
+
+    server = await start(hold)
+    client.credentials = login(server.url)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(client.poll, POLL)
+        await arrived.wait()
+        nursery.cancel_scope.cancel()
+    with trio.fail_after(2):
+        await gone.wait()
+
+    async def reply(call: Any) -> Any:
+        return answer(body=codec.encode(PollReply(generation=1)))
+
+    server.answer = reply
+    assert (await client.poll(POLL)).generation == 1
+
+
+@pytest.mark.parametrize("url", ["http://router.example", "ftp://127.0.0.1", "http://[", "127.0.0.1:80"])
+async def test_urls_that_are_refused(client: Any, login: Any, url: str) -> None:
+    client.credentials = login(url)
+    with pytest.raises(AgentError) as error:
+        await client.poll(POLL)
+    assert error.value.exit_code == 78

@@ -1,0 +1,164 @@
+"""One lease after another through poller, request and sender, in virtual time."""
+
+import math
+from typing import Any
+
+import trio
+
+from xim_agent.errors import AgentError
+from xim_agent.mesh.messages import MAX_BODY, Error, Head
+from xim_agent.outcome import RouterError
+
+LOST = RouterError("connection_lost", "the connection was lost")
+
+
+async def test_a_stream_arrives_unchanged_and_ends_once(bench: Any, router: Any, autojump_clock: Any) -> None:
+    bench.engine.script = [0.2, b"one", 0.5, b"two", b"three"]
+    lease = router.offer(headers={"content-type": "application/json", "authorization": "x"}, body=b"{1}")
+    end = await router.ended(lease)
+    stream = router.streams[lease]
+    assert (stream.head, stream.data) == (Head(200, {"content-type": "text/plain"}), b"onetwothree")
+    assert (end.reason, end.bytes, end.chunks, end.ttft_ms) == ("complete", 11, 3, 200)
+    assert 700 <= end.duration_ms <= 720
+    assert bench.engine.requests == [("/v1/completions", {"content-type": "application/json"}, b"{1}")]
+    await bench.settle(26)
+    assert router.polls[-1].held == []
+    statistics = bench.poller.statistics().sender
+    assert (statistics.accepted, statistics.ended, statistics.held) == (1, {"complete": 1}, 0)
+    assert statistics.outbox.unacknowledged == 0
+
+
+async def test_an_answer_without_a_body(bench: Any, router: Any, autojump_clock: Any) -> None:
+    bench.engine.script, bench.engine.status = [], 404
+    end = await router.ended(router.offer())
+    assert (end.reason, end.bytes, end.chunks, end.ttft_ms) == ("complete", 0, 0, None)
+    assert router.streams[1].head.status == 404
+
+
+async def test_small_data_is_gathered_for_ten_milliseconds(bench: Any, router: Any, autojump_clock: Any) -> None:
+    bench.engine.script = [b"first", *[0.001, b"x"] * 1000]
+    for _ in range(4):
+        router.offer()
+    for lease in (1, 2, 3, 4):
+        await router.ended(lease)
+    assert len(router.events_calls) < 1.3 * 100 + 10
+    assert sum(n for _, n in router.events_calls) == 4 * 1003
+    assert router.most_in_flight <= 2
+
+
+async def test_a_cancel_closes_the_engine_connection(bench: Any, router: Any, autojump_clock: Any) -> None:
+    bench.engine.script = [b"one", math.inf]
+    lease = router.offer()
+    await bench.settle(1)
+    assert bench.engine.open_now == 1
+    asked = trio.current_time()
+    router.say(cancel={lease, 99})
+    end = await router.ended(lease)
+    assert (end.reason, end.bytes) == ("cancelled", 3)
+    assert bench.engine.closed[0] - asked < 0.1
+    await bench.settle()
+    assert len(router.streams[lease].endings) == 1
+
+
+async def test_the_deadline(bench: Any, router: Any, autojump_clock: Any) -> None:
+    bench.engine.script = [math.inf]
+    end = await router.ended(router.offer(deadline_ms=3000))
+    assert (end.reason, end.ttft_ms) == ("deadline", None)
+    assert 2990 <= end.duration_ms <= 3010
+    assert bench.engine.open_now == 0
+
+
+async def test_the_engine_dies_before_and_after_data(
+    bench: Any, router: Any, engine_lost: AgentError, autojump_clock: Any
+) -> None:
+    bench.engine.script = [engine_lost]
+    assert await router.ended(router.offer()) == Error("engine_lost", "the engine is gone", True)
+    bench.engine.script = [b"one", 0.1, engine_lost]
+    lease = router.offer()
+    assert await router.ended(lease) == Error("engine_lost", "the engine is gone", False)
+    assert router.streams[lease].data == b"one"
+
+
+async def test_a_stream_that_ends_cleanly_with_an_error_event_is_cut(
+    bench: Any, router: Any, autojump_clock: Any
+) -> None:
+    bench.engine.headers = {"content-type": "text/event-stream; charset=utf-8"}
+    script = [b'data: {"choices": []}\n\nda', b'ta: {"error": {"message": "core died"}}\n\n', b"data: [DONE]\n\n"]
+    bench.engine.script = script
+    lease = router.offer()
+    ending = await router.ended(lease)
+    assert (ending.code, ending.retryable) == ("engine_lost", False)
+    assert "core died" in ending.message
+    assert router.streams[lease].data == b"".join(script)
+
+
+async def test_an_engine_that_left_ready_completes_nothing(bench: Any, router: Any, autojump_clock: Any) -> None:
+    lease = router.offer()
+    await bench.settle(0.2)
+    bench.engine.ready = False
+    assert (await router.ended(lease)).code == "engine_lost"
+
+
+async def test_a_bug_costs_one_lease(bench: Any, router: Any, error_logs: Any, autojump_clock: Any) -> None:
+    bench.engine.script = [ZeroDivisionError("bug")]
+    assert (await router.ended(router.offer())) == Error("internal", "internal error: ZeroDivisionError", True)
+    assert [r.getMessage() for r in error_logs] == ["request failed by a bug"]
+    bench.engine.script = [b"fine"]
+    assert (await router.ended(router.offer())).reason == "complete"
+
+
+async def test_without_credit_the_engine_is_not_read(bench: Any, router: Any, autojump_clock: Any) -> None:
+    bench.engine.script = [b"0123456789"] * 10
+    lease = router.offer(credit=25)
+    other = router.offer()
+    assert (await router.ended(other)).bytes == 100
+    await bench.settle(1)
+    stream = router.streams[lease]
+    assert stream.data == b"0123456789012345678901234"
+    assert bench.engine.read == 100 + 30
+    router.say(credit={lease: 40})
+    await bench.settle(1)
+    assert len(stream.data) == 40
+    router.say(credit={lease: 30})
+    await bench.settle(1)
+    assert len(stream.data) == 40
+    router.say(credit={lease: 1000})
+    assert (await router.ended(lease)).bytes == 100
+    assert stream.data == b"0123456789" * 10
+
+
+async def test_a_body_by_reference(bench: Any, router: Any, autojump_clock: Any) -> None:
+    router.bodies = {"big": [LOST, LOST, b"x" * 9], "gone": [RouterError("not_found", "gone", status=404)],
+                     "huge": [bytes(MAX_BODY + 1)]}  # fmt: skip
+    assert (await router.ended(router.offer(body=None, request="big"))).reason == "complete"
+    assert bench.engine.requests[0][2] == b"x" * 9
+    assert await router.ended(router.offer(body=None, request="gone")) == Error("internal", "gone", True)
+    assert (await router.ended(router.offer(body=None, request="huge"))).code == "invalid_request"
+    assert len(bench.engine.requests) == 1
+
+
+async def test_refused_leases_still_end(bench: Any, router: Any, autojump_clock: Any) -> None:
+    bench.engine.script, bench.engine.ceiling = [5.0], 2
+    await bench.settle(26)
+    for _ in range(4):
+        router.offer()
+    wrong = router.offer(path="/metrics")
+    await bench.settle(1)
+    assert [router.streams[i].ending.code for i in (3, 4, wrong)] == ["engine_overloaded"] * 2 + ["invalid_request"]
+    assert (await router.ended(1)).reason == (await router.ended(2)).reason == "complete"
+    assert bench.poller.statistics().sender.refused == 3
+    bench.engine.ready = False
+    bench.poller.changed()
+    router.instant = True  # gives leases although the capacity is 0
+    lease = router.offer()
+    assert (await router.ended(lease)).code == "engine_overloaded"
+
+
+async def test_a_lease_offered_again_is_served_once(bench: Any, router: Any, autojump_clock: Any) -> None:
+    lease = router.offer()
+    router.offer(id=lease)
+    await router.ended(lease)
+    router.offer(id=lease)
+    await bench.settle(1)
+    assert len(bench.engine.requests) == 1
+    assert len(router.streams[lease].endings) == 1

@@ -1,0 +1,97 @@
+"""THE TREE. SERVICES outlive all work, WORK holds a task per lease, the engine's CHILD is inside its service.
+
+    root cancel scope                 cancelled by the second signal: "abandon"
+    └─ SERVICES                       an exception here ends the process
+       ├─ signals · metrics server
+       ├─ identity.service            load or enroll; refresh
+       ├─ engine.service              restart loop; one CHILD nursery per run of vLLM
+       ├─ assignment.service          assignment → cache.ensure → engine.switch
+       ├─ work.sender                 outbox → /v1/work/events
+       ├─ work.poller                 heartbeat and intake; starts requests in WORK; polls until SERVICES is cancelled
+       └─ WORK                        gets its deadline when a stop is asked for
+
+Stop: capacity closed → WORK empties or meets its deadline → endings flushed → engine stopped → SERVICES cancelled.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import trio
+
+from xim_agent import signals
+
+log = logging.getLogger("xim_agent")
+
+FLUSH_SECONDS = 5.0
+# SIGTERM to the API server, 10 s, SIGKILL to all of the tree, 5 s.
+ENGINE_STOP_SECONDS = 15.0
+
+
+class Service(Protocol):
+    async def run(self) -> None: ...
+
+
+class Engine(Service, Protocol):
+    async def stop(self) -> None: ...
+
+
+class Poller(Protocol):
+    async def run(self, work: trio.Nursery) -> None: ...
+    def drain(self) -> None: ...
+
+
+class Sender(Service, Protocol):
+    async def flushed(self) -> None: ...
+    def spool(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the tree runs. `listeners` become ready in bounded time and are started first, in order."""
+
+    identity: Service
+    engine: Engine
+    assignment: Service
+    poller: Poller
+    sender: Sender
+    listeners: tuple[Callable[..., Awaitable[Any]], ...]
+    drain_seconds: float
+
+
+async def run(
+    parts: Parts,
+    *,
+    stop: trio.Event | None = None,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Returns after a stop was asked for by a signal or by `stop`; a second signal cuts everything at once.
+
+    Raises what a service raised, as a group. Cancellation abandons: nothing is flushed, and the guard ends the engine.
+    """
+    stop = trio.Event() if stop is None else stop
+    with trio.CancelScope() as root:
+        async with trio.open_nursery() as services:
+            await services.start(signals.watch, stop, root)
+            for listener in parts.listeners:
+                await services.start(listener)
+            services.start_soon(parts.identity.run)
+            services.start_soon(parts.engine.run)
+            services.start_soon(parts.assignment.run)
+            services.start_soon(parts.sender.run)
+            async with trio.open_nursery() as work:
+                services.start_soon(parts.poller.run, work)
+                task_status.started()
+                await stop.wait()
+                parts.poller.drain()
+                work.cancel_scope.deadline = trio.current_time() + parts.drain_seconds
+            log.info("drained; sending the last endings")
+            with trio.move_on_after(FLUSH_SECONDS):
+                await parts.sender.flushed()
+            parts.sender.spool()
+            log.info("stopping the engine")
+            with trio.move_on_after(ENGINE_STOP_SECONDS):
+                await parts.engine.stop()
+            services.cancel_scope.cancel()
+    log.info("stopped" if not root.cancelled_caught else "abandoned")

@@ -1,0 +1,275 @@
+"""Configuration → the parts of one agent, wired. Nothing runs here; `agent.run` does that."""
+
+import logging
+import os
+import platform
+import secrets
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from xim_agent import PROTOCOL, __version__, agent
+from xim_agent.assignment.service import AssignmentService
+from xim_agent.cache.service import Cache
+from xim_agent.clock import Clock, SystemClock
+from xim_agent.config.config import describe
+from xim_agent.config.fields import Config
+from xim_agent.config.paths import runtime_directory
+from xim_agent.engine.guard import Guard
+from xim_agent.engine.service import EngineService
+from xim_agent.errors import AgentError, leaves
+from xim_agent.hardware.probe import probe
+from xim_agent.hardware.report import Hardware, report
+from xim_agent.health import Health
+from xim_agent.identity.join_key import JoinKey
+from xim_agent.identity.service import IdentityService
+from xim_agent.identity.store import LOCK, StateStore
+from xim_agent.mesh.client import RouterClient
+from xim_agent.metrics.registry import Collector
+from xim_agent.metrics.server import MetricsServer
+from xim_agent.outcome import Action, RouterError
+from xim_agent.work.link import Link
+from xim_agent.work.poller import Poller
+from xim_agent.work.sender import Sender
+from xim_agent.work.spool import Spool
+
+log = logging.getLogger("xim_agent")
+
+GB = 10**9
+
+
+# The guard of a killed agent keeps the lock until it has cleaned up, which takes it at most 10 s.
+LOCK_SECONDS = 15.0
+
+
+@dataclass(frozen=True)
+class Agent:
+    """One agent, wired."""
+
+    parts: agent.Parts
+    identity: IdentityService
+    cache: Cache
+    assignment: AssignmentService
+    engine: EngineService
+    poller: Poller
+    health: Health
+
+    def reasons(self) -> list[str]:
+        """Why this agent is not ready: link up, engine proven, not draining; empty when it is."""
+        work = self.poller.statistics()
+        reasons = [] if work.link_up else ["link: the router has not answered the last poll"]
+        if not self.engine.ready:
+            reasons.append("engine: no model is proven to answer yet")
+        if work.draining:
+            reasons.append("draining: a stop or a drain was asked for")
+        if work.suspended:
+            reasons.append("suspended: the router lets this agent take no work")
+        if reasons:
+            reasons += [f"{c.code}: {c.text}" for c in self.health.conditions()]
+        return reasons
+
+
+def agent_info(config: Config) -> dict[str, Any]:
+    host = socket.gethostname()
+    return {
+        "name": config.name or host,
+        "version": __version__,
+        "os": platform.system().lower(),
+        "arch": platform.machine(),
+        "hostname": host,
+    }
+
+
+def skew_condition(health: Health, skew: float) -> None:
+    """`skew`: seconds the router is ahead of us."""
+    if abs(skew) > 30:
+        way = "behind" if skew > 0 else "ahead of"
+        health.set("clock_skew", f"the clock is {abs(skew):.0f} s {way} the router's", "start chrony or ntpd")
+    else:
+        health.clear("clock_skew")
+
+
+def make_identity(
+    config: Config, store: StateStore, router: RouterClient, health: Health, hardware: Hardware
+) -> IdentityService:
+    identity = IdentityService(
+        store=store,
+        transport=router,
+        clock=SystemClock(),
+        health=health,
+        join_key=JoinKey.parse(config.join_key) if config.join_key else None,
+        router_url=config.router_url,
+        agent_info=agent_info(config),
+        hardware=lambda: report(hardware, cache_bytes=int(config.model_cache_max_size_gb * GB)),
+        max_concurrent=config.max_concurrent,
+    )
+    router.credentials = identity
+    return identity
+
+
+async def open_store(directory: Path) -> StateStore:
+    """The locked state; waits while the guard of a killed agent still cleans up. Raises AgentError (exit 14, 77)."""
+    give_up = trio.current_time() + LOCK_SECONDS
+    while True:
+        try:
+            return StateStore.open(directory)
+        except AgentError as error:
+            if error.code != "already_running" or trio.current_time() > give_up:
+                raise
+            if _lives(directory / LOCK):
+                raise
+        await trio.sleep(0.1)
+
+
+@asynccontextmanager
+async def assemble(config: Config, guard: Guard) -> AsyncIterator[Agent]:
+    """Opens what must be open for the whole life (state lock, cache lock, connections) and closes it afterwards.
+
+    Raises AgentError for a state or cache directory that cannot be used, or is in use.
+    """
+    clock = SystemClock()
+    health = Health(clock.now)
+    hardware = await probe()
+    store = await open_store(config.config_path)
+    try:
+        async with (
+            RouterClient(
+                insecure=config.allow_insecure, clock=clock, on_skew=partial(skew_condition, health)
+            ) as router,
+            Cache(
+                directory=config.model_cache_path,
+                max_bytes=int(config.model_cache_max_size_gb * GB),
+                downloads=config.model_cache_downloads,
+                source=router,
+                allow_unsafe=config.allow_unsafe_files,
+                clock=clock,
+                health=health,
+            ) as cache,
+        ):
+            await guard.hold(store.lock)
+            made = _wire(config, guard, clock, health, hardware, store, router, cache)
+            try:
+                yield made
+            except* RouterError as group:
+                if any(isinstance(e, RouterError) and e.action is Action.REMOVED for e in leaves(group)):
+                    with trio.move_on_after(5, shield=True):
+                        kept = await made.identity.set_aside("removed")
+                        log.warning("removed by the router; the credential is kept aside", extra={"path": str(kept)})
+                raise
+    finally:
+        store.close()
+
+
+def _lives(lock: Path) -> bool:
+    pid = lock.read_text(encoding="ascii", errors="replace").strip()
+    return Path("/proc", pid or "self").exists()
+
+
+def _wire(
+    config: Config,
+    guard: Guard,
+    clock: Clock,
+    health: Health,
+    hardware: Hardware,
+    store: StateStore,
+    router: RouterClient,
+    cache: Cache,
+) -> Agent:
+    identity = make_identity(config, store, router, health, hardware)
+    changed = Changed()
+    engine = EngineService(
+        config=config,
+        hardware=hardware,
+        guard=guard,
+        runtime_dir=runtime_directory(config.config_path, os.environ),
+        clock=clock,
+        health=health,
+        compile_cache=cache.compile_cache_dir,
+        changed=changed,
+    )
+    boot = secrets.token_urlsafe(12)
+    link = Link(health=health)
+    sender = Sender(router=router, boot=boot, link=link, spool=Spool(config.config_path / "spool"))
+    poller = Poller(
+        router=router,
+        sender=sender,
+        engine=engine,
+        link=link,
+        health=health,
+        clock=clock,
+        boot=boot,
+        generation_seen=lambda generation: assignment.generation_seen(generation),
+        model=lambda: assignment.model_state(),
+        progress=lambda: assignment.progress or engine.progress,
+    )
+    assignment = AssignmentService(
+        identity=identity,
+        router=router,
+        cache=cache,
+        engine=engine,
+        intake=poller,
+        health=health,
+        changed=changed,
+    )
+    changed.listener = health.on_change = poller.changed
+    made = Agent(
+        identity=identity, cache=cache, assignment=assignment, engine=engine, poller=poller, health=health,
+        parts=agent.Parts(
+            identity=identity, engine=engine, assignment=assignment, poller=poller, sender=sender,
+            listeners=(), drain_seconds=config.drain_timeout_seconds,
+        ),
+    )  # fmt: skip
+    return made if config.disable_metrics_server else _with_metrics(made, config, clock, router)
+
+
+class Changed:
+    """Told by parts that exist before the poller, who listens, does."""
+
+    def __init__(self) -> None:
+        self.listener: Callable[[], None] = lambda: None
+
+    def __call__(self) -> None:
+        self.listener()
+
+
+@dataclass(frozen=True)
+class Process:
+    version: str
+    protocol: int
+    started: float
+
+
+def _with_metrics(made: Agent, config: Config, clock: Clock, router: RouterClient) -> Agent:
+    process = Process(__version__, PROTOCOL, clock.now())
+    statistics: dict[str, Callable[[], Any]] = {
+        "identity": made.identity.statistics,
+        "work": made.poller.statistics,
+        "mesh": router.statistics,
+        "cache": made.cache.statistics,
+        "assignment": made.assignment.statistics,
+        "engine": made.engine.statistics,
+    }
+    collector = Collector(
+        statistics
+        | {"agent": lambda: process, "health": lambda: {c.code: 1 for c in made.health.conditions()}}
+    )
+    server = MetricsServer(
+        collect=collector.text,
+        ready=made.reasons,
+        status=lambda: {
+            "agent": process,
+            "config": describe(config),
+            "not_ready": made.reasons(),
+            "health": made.health.conditions(),
+            **{name: report() for name, report in statistics.items()},
+        },
+        engine_text=made.engine.metrics_text,
+    )
+    listen = partial(server.run, config.metrics_host, config.metrics_port)
+    return replace(made, parts=replace(made.parts, listeners=(listen,)))

@@ -1,0 +1,77 @@
+"""File operations that survive kill -9 and power loss, and never follow a link that somebody planted."""
+
+import os
+import shutil
+import stat
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+TEMPORARY = ".tmp-"
+
+
+def sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def publish(path: Path, data: bytes | bytearray | memoryview, mode: int) -> None:
+    """`path` with exactly `data`, or nothing: temporary file beside it, fsync, rename, fsync of the directory."""
+    path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+    fd, name = tempfile.mkstemp(prefix=TEMPORARY, dir=path.parent)
+    try:
+        with os.fdopen(fd, "wb", buffering=0) as file:
+            write_all(file.fileno(), data, 0)
+            os.fchmod(file.fileno(), mode)
+            os.fsync(file.fileno())
+        Path(name).rename(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def write_all(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
+    """pwrite takes at most 2 GiB at once and may write less."""
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def disk_bytes(path: Path) -> int:
+    """Allocated bytes of a file or a tree, links not followed; what vanishes meanwhile counts nothing."""
+    total = 0
+    try:
+        info = path.lstat()
+        total += info.st_blocks * 512
+        if stat.S_ISDIR(info.st_mode):
+            with os.scandir(path) as entries:
+                total += sum(disk_bytes(Path(e.path)) for e in entries)
+    except FileNotFoundError:
+        return total
+    return total
+
+
+def remove_tree(path: Path) -> None:
+    """Removes a file or a tree, read-only directories included."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes; `free`: what we may still write."""
+
+    total: int
+    free: int
+
+
+def disk(path: Path) -> Disk:
+    info = os.statvfs(path)
+    return Disk(info.f_frsize * info.f_blocks, info.f_frsize * info.f_bavail)

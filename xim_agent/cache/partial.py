@@ -1,0 +1,134 @@
+"""A model under construction: its files and the journal of the chunks that are on the disk for good."""
+
+import os
+import re
+import stat
+import threading
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from xim_agent.cache import files
+from xim_agent.cache.manifest import CHUNK, MARKER, Manifest
+
+_LINE = re.compile(rb"(\d{1,9}) (\d{1,9})")
+_PIECE = 1024 * 1024
+
+
+class Partial:
+    """`root`/files and `root`/journal. All methods block; `write` may run in several threads at once.
+
+    A journal line is written after the bytes it speaks of are on the disk (fdatasync), so what it says survives a power
+    loss; a line that is torn, or whose file is too short, is as good as absent.
+    """
+
+    def __init__(self, root: Path, manifest: Manifest) -> None:
+        self.root = root
+        self.files = root / "files"
+        self.manifest = manifest
+        self.files.mkdir(mode=0o750, parents=True, exist_ok=True)
+        self._journal = root / "journal"
+        self._directories: set[Path] = set()
+        self._lock = threading.Lock()
+        self.done = self._load()
+
+    def _load(self) -> set[tuple[int, int]]:
+        """Also rewrites the journal, so that the next line does not continue a torn one."""
+        try:
+            lines = self._journal.read_bytes().split(b"\n")[:-1]
+        except FileNotFoundError:
+            lines = []
+        sizes: dict[int, int] = {}
+        done = set()
+        for line in lines:
+            if (match := _LINE.fullmatch(line)) is None:
+                continue
+            i, j = int(match[1]), int(match[2])
+            if i < len(self.manifest.files) and j < len(self.manifest.files[i].chunks):
+                end = j * CHUNK + self.manifest.files[i].chunks[j].size
+                if sizes.setdefault(i, self._size(i)) >= end:
+                    done.add((i, j))
+        files.publish(self._journal, b"".join(b"%d %d\n" % pair for pair in sorted(done)), 0o640)
+        return done
+
+    def _size(self, i: int) -> int:
+        try:
+            info = self._path(i).lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            return -1
+        return info.st_size if stat.S_ISREG(info.st_mode) else -1
+
+    def _path(self, i: int) -> Path:
+        return self.files / self.manifest.files[i].path
+
+    def done_blobs(self) -> frozenset[str]:
+        """Blobs all of whose places are written."""
+        missing = {c.blob for i, j, c in self.manifest.places() if (i, j) not in self.done}
+        return frozenset(self.manifest.blobs().keys() - missing)
+
+    def write(self, i: int, j: int, data: bytes | bytearray) -> None:
+        """Writes chunk `j` of file `i`, makes it durable, then journals it."""
+        fd = self._open(i)
+        try:
+            files.write_all(fd, data, j * CHUNK)
+            os.fdatasync(fd)
+        finally:
+            os.close(fd)
+        line = b"%d %d\n" % (i, j)
+        fd = os.open(self._journal, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
+        try:
+            os.write(fd, line)
+        finally:
+            os.close(fd)
+        self.done.add((i, j))
+
+    def _open(self, i: int) -> int:
+        path = self._path(i)
+        self._make_directory(path.parent)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+    def _make_directory(self, path: Path) -> None:
+        with self._lock:
+            for directory in [*reversed(path.relative_to(self.files).parents), path.relative_to(self.files)]:
+                full = self.files / directory
+                if full in self._directories:
+                    continue
+                full.mkdir(mode=0o750, exist_ok=True)
+                if not stat.S_ISDIR(full.lstat().st_mode):
+                    raise NotADirectoryError(20, "not a directory of our own", str(full))
+                self._directories.add(full)
+
+    def hash_chunk(self, hasher: Any, i: int, j: int) -> None:
+        """Feeds what the disk holds of this chunk to `hasher`."""
+        fd = os.open(self._path(i), os.O_RDONLY | os.O_NOFOLLOW)
+        try:
+            offset, left = j * CHUNK, self.manifest.files[i].chunks[j].size
+            while left and (piece := os.pread(fd, min(left, _PIECE), offset)):
+                hasher.update(piece)
+                offset, left = offset + len(piece), left - len(piece)
+        finally:
+            os.close(fd)
+
+    def whole(self, i: int, hasher: Any) -> bool:
+        """Whether file `i` is what the manifest says, `hasher` having seen all its chunks. Creates an empty file."""
+        file = self.manifest.files[i]
+        if not file.chunks:
+            os.close(self._open(i))
+        return hasher.hexdigest() == file.sha256 and self._size(i) == file.size
+
+    def new_hasher(self) -> Any:
+        return sha256()
+
+    def seal(self, digest: str) -> Path:
+        """Files read-only, marker written, everything durable. The directory is then ready to be renamed into place."""
+        for i in range(len(self.manifest.files)):
+            fd = os.open(self._path(i), os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                os.fchmod(fd, 0o440)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        files.publish(self.files / MARKER, digest.encode(), 0o440)
+        for directory, _, _ in os.walk(self.files, topdown=False):
+            files.sync_directory(Path(directory))
+        return self.files

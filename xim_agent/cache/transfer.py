@@ -1,0 +1,144 @@
+"""One blob over the network: resumed, watched for silence, tried again for as long as trying can help."""
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, aclosing
+from dataclasses import dataclass
+from typing import Protocol
+
+import trio
+
+from xim_agent.backoff import Backoff
+from xim_agent.outcome import Action, RouterError
+
+log = logging.getLogger("xim_agent.cache")
+
+STALL = 30.0  # wire-protocol §1: blobs, seconds without a byte
+_SUSPENDED = 30.0
+_AGAIN = {Action.RETRY, Action.REFRESH, Action.CLOCK, Action.WAIT}
+
+
+class Pieces(Protocol):
+    """Bytes as they arrive; closing it ends the transfer."""
+
+    def __aiter__(self) -> AsyncIterator[bytes]: ...
+    async def __anext__(self) -> bytes: ...
+    async def aclose(self) -> None: ...
+
+
+class BlobReply(Protocol):
+    """`start`: offset of the first byte that comes; `total`: size of the blob where the router says it."""
+
+    @property
+    def status(self) -> int: ...
+    @property
+    def start(self) -> int: ...
+    @property
+    def total(self) -> int | None: ...
+    def chunks(self) -> Pieces: ...
+
+
+class BlobSource(Protocol):
+    """The router, or whatever it redirects to. Both raise RouterError."""
+
+    async def manifest(self, sha256_hex: str) -> bytes: ...
+    def blob(self, sha256_hex: str, offset: int) -> AbstractAsyncContextManager[BlobReply]: ...
+
+
+class WrongBlob(Exception):
+    """What came cannot be the blob: too long, too short, or from the wrong place."""
+
+
+@dataclass
+class Counters:
+    """Since the start of the process."""
+
+    network_bytes: int = 0
+    hit_bytes: int = 0  # stored bytes that were here already
+    stalls: int = 0
+    retries: int = 0
+    wrong_blobs: int = 0
+
+
+class Retry:
+    """Waits between attempts for what the error says; an error that no waiting cures is raised again."""
+
+    def __init__(
+        self,
+        backoff: Callable[[], Backoff],
+        rand: Callable[[], float],
+        counters: Counters,
+        trouble: Callable[[str | None], None],
+    ) -> None:
+        self._backoff, self._rand, self._counters, self._trouble = backoff(), rand, counters, trouble
+
+    def reset(self) -> None:
+        if self._backoff.failures:
+            self._backoff.reset()
+            self._trouble(None)
+
+    async def wait(self, error: RouterError) -> None:
+        """Raises `error` unless its class is to try again."""
+        if error.action not in _AGAIN:
+            raise error
+        delay = self._backoff.next(self._rand(), error.retry_after)
+        delay = max(delay, _SUSPENDED) if error.action is Action.WAIT else delay
+        self._counters.retries += 1
+        self._trouble(error.message)
+        log.debug("transfer failed, trying again", extra={"error": error.message, "seconds": round(delay, 1)})
+        await trio.sleep(delay)
+
+
+async def get_blob(
+    source: BlobSource, digest: str, stored: int, retry: Retry, counters: Counters, arrived: Callable[[int], None]
+) -> bytearray:
+    """`stored` bytes, not verified. `arrived` is told of every piece (negative when bytes are dropped to start over).
+
+    Raises WrongBlob, and RouterError where trying again cannot help. Cancellation drops what has come.
+    """
+    data = bytearray()
+    while True:
+        try:
+            await _continue(source, digest, stored, data, retry, counters, arrived)
+        except RouterError as e:
+            await retry.wait(e)
+            continue
+        except WrongBlob:
+            arrived(-len(data))
+            raise
+        if len(data) < stored:
+            arrived(-len(data))
+            raise WrongBlob(f"{len(data)} bytes instead of {stored}")
+        return data
+
+
+async def _continue(
+    source: BlobSource,
+    digest: str,
+    stored: int,
+    data: bytearray,
+    retry: Retry,
+    counters: Counters,
+    arrived: Callable[[int], None],
+) -> None:
+    async with source.blob(digest, len(data)) as reply:
+        if reply.start > len(data) or reply.total not in (None, stored):
+            raise WrongBlob(f"{reply.total} bytes from {reply.start} are offered, {stored} from {len(data)} wanted")
+        arrived(reply.start - len(data))
+        del data[reply.start :]
+        async with aclosing(reply.chunks()) as pieces:
+            while (piece := await _next(pieces, counters)) is not None:
+                if len(data) + len(piece) > stored:
+                    raise WrongBlob(f"more than {stored} bytes")
+                data += piece
+                counters.network_bytes += len(piece)
+                arrived(len(piece))
+                retry.reset()
+
+
+async def _next(pieces: Pieces, counters: Counters) -> bytes | None:
+    """None at the end. Raises RouterError (class retry) when nothing comes for `STALL` seconds."""
+    with trio.move_on_after(STALL):
+        return await anext(pieces, None)
+    counters.stalls += 1
+    raise RouterError("blob_stalled", f"no byte of a blob for {STALL:.0f} s")

@@ -1,0 +1,58 @@
+"""What the commands share: configuration with logging set up, and a router client with an identity."""
+
+import os
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+from xim_agent import log
+from xim_agent.config import sources
+from xim_agent.config.fields import Config
+
+IDENTITY = frozenset(
+    {
+        "join_key",
+        "join_key_file",
+        "router_url",
+        "allow_insecure",
+        "name",
+        "config_path",
+        "max_concurrent",
+        "model_cache_path",
+        "model_cache_max_size_gb",
+        "log_level",
+        "log_format",
+    }
+)
+
+
+def configured(flags: Mapping[str, Any], defaults: Mapping[str, str] | None = None) -> Config:
+    """Secrets are out of the environment and hidden from every log line when this returns."""
+    log.setup()
+    config = sources.load(flags, os.environ, defaults)
+    for secret in (config.join_key, config.vllm_salt_secret):
+        log.hide(secret)
+    log.setup(config.log_level, config.log_format)
+    return config
+
+
+@asynccontextmanager
+async def identity(config: Config) -> AsyncIterator[Any]:
+    """(identity service, router client) over the locked state directory, for commands that make one call."""
+    from xim_agent.assemble import make_identity, open_store, skew_condition
+    from xim_agent.clock import SystemClock
+    from xim_agent.hardware.probe import probe
+    from xim_agent.health import Health
+    from xim_agent.mesh.client import RouterClient
+
+    clock = SystemClock()
+    health = Health(clock.now)
+    hardware = await probe()
+    store = await open_store(config.config_path)
+    try:
+        async with RouterClient(
+            insecure=config.allow_insecure, clock=clock, on_skew=lambda skew: skew_condition(health, skew)
+        ) as router:
+            yield make_identity(config, store, router, health, hardware), router
+    finally:
+        store.close()

@@ -1,0 +1,254 @@
+"""Router and agent in one tree: the try-out. The same parts and the same protocol over loopback as in two processes."""
+
+import json
+import os
+import re
+import socket
+import sys
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from xim_agent.cli.common import configured
+from xim_agent.cli.options import AgentCommand
+from xim_agent.cli.progress import Display, bytes_text
+from xim_agent.config.fields import OPTIONS
+from xim_agent.errors import AgentError, Exit
+
+QUESTION = "What is the capital of France? Answer in one sentence."
+_DEFAULT_PORT = 8080
+_FIXED = {"join_key", "join_key_file", "router_url", "allow_insecure", "config_path"}
+
+
+@dataclass(frozen=True)
+class Options:
+    model: Path
+    once: str | None
+    port: int | None
+    data: Path
+
+
+def _listen_port(wanted: int | None) -> int:
+    """`wanted`, else 8080, else any free port. Raises AgentError when the wanted one is taken."""
+    for port in (wanted,) if wanted is not None else (_DEFAULT_PORT, 0):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError as error:
+                if wanted is not None:
+                    raise AgentError(
+                        "port_in_use",
+                        f"cannot listen on 127.0.0.1:{port}: {error.strerror}",
+                        hint="choose another with --port, or leave it out",
+                        exit_code=Exit.CONFIG,
+                    ) from error
+                continue
+            return int(probe.getsockname()[1])
+    raise AssertionError("port 0 is always free")
+
+
+def _served_name(model: Path) -> str:
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", model.resolve().name).strip("-._")
+    return name[:128] or "model"
+
+
+async def _answer(url: str, key: str, model: str, prompt: str) -> AsyncGenerator[str, None]:
+    """The pieces of the answer as they come. Raises AgentError with the server's words when there is none."""
+    import httpx
+
+    body = {"model": model, "messages": [{"role": "user", "content": prompt}], "stream": True, "temperature": 0}
+    headers = {"Authorization": f"Bearer {key}"}
+    async with (
+        httpx.AsyncClient(trust_env=False, timeout=httpx.Timeout(10, read=300)) as client,
+        client.stream("POST", f"{url}/v1/chat/completions", json=body, headers=headers) as reply,
+    ):
+        if reply.status_code != 200:
+            text = (await reply.aread()).decode(errors="replace")
+            raise AgentError("no_answer", f"{reply.status_code} from {url}: {text[:500]}", exit_code=1)
+        async for line in reply.aiter_lines():
+            data = line.removeprefix("data: ")
+            if data == line or data == "[DONE]":
+                continue
+            event = json.loads(data)
+            if "error" in event:
+                raise AgentError("no_answer", str(event["error"].get("message", event["error"])), exit_code=1)
+            for choice in event["choices"]:
+                yield choice["delta"].get("content") or ""
+
+
+async def _ask(url: str, key: str, model: str, prompt: str) -> None:
+    async with aclosing(_answer(url, key, model, prompt)) as pieces:
+        async for piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+
+
+async def _until_ready(made: Any, display: Display) -> None:
+    """Shows what the agent does until its engine is proven. Cancelled when the agent ends."""
+    import trio
+
+    while not made.engine.ready:
+        progress = made.assignment.progress or made.engine.progress
+        if not made.identity.statistics().enrolled:
+            display.show("enrolling")
+        elif progress is None:
+            display.show("assignment")
+        elif progress.stage == "engine":
+            display.show(f"vLLM: {progress.text or 'starting'}")
+        else:
+            detail = bytes_text(progress.done, progress.total, progress.rate)
+            title = "fetching the model" if progress.stage == "fetch" else "verifying the model"
+            display.show(title, done=progress.done, total=progress.total, detail=detail)
+        for condition in made.health.conditions():
+            if condition.code.startswith("engine"):
+                display.say(f"{condition.text} [{condition.code}]")
+        await trio.sleep(0.2)
+
+
+def _welcome(url: str, key: str, name: str) -> str:
+    body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Say hello in French."}]})
+    return f"""
+  OpenAI base URL   {url}/v1
+  API key           {key}
+  Model             {name}
+  Dashboard         {url}/
+
+  curl {url}/v1/chat/completions -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json' -d '{body}'
+
+  Ctrl-C stops: running answers finish first.
+"""
+
+
+def _publish(options: Options, display: Display) -> Any:
+    """Publishes the model and assigns it to every agent. Unchanged files are read once and nothing is stored twice."""
+    from xim_agent.cli.router import publish_model
+    from xim_agent.router import catalog
+    from xim_agent.router.store import Store
+
+    with Store.open(options.data / "router") as store:
+        published = publish_model(store, options.model, _served_name(options.model), None, display)
+        catalog.assign(store.db, published.name, published.revision, None)
+    return published
+
+
+async def _agent(config: Any, guard: Any, stop: Any, task_status: Any) -> None:
+    """The whole life of the agent; reports its parts once its tree runs."""
+    import trio
+
+    from xim_agent import agent
+    from xim_agent.assemble import assemble
+
+    async with assemble(config, guard) as made, trio.open_nursery() as nursery:
+        await nursery.start(partial(agent.run, made.parts, stop=stop))
+        task_status.started(made)
+
+
+async def _session(options: Options, config: Any, guard: Any) -> int:
+    import trio
+
+    from xim_agent.router import catalog
+    from xim_agent.router.app import make_app, serve
+    from xim_agent.router.store import Store
+
+    stop, answered = trio.Event(), False
+    with Display() as display:
+        published = await trio.to_thread.run_sync(_publish, options, display)
+        port = _listen_port(options.port)
+        with Store.open(options.data / "router") as store:
+            async with trio.open_nursery() as router:
+                (url, *_) = await router.start(partial(serve, make_app(store), f"127.0.0.1:{port}"))
+                now = time.time()
+                join_key = store.create_join_key(
+                    project="local", region="local", uses=1, expires_at=now + 600, now=now
+                )
+                api_key = catalog.create_api_key(store.db, "local", now)
+                config = replace(config, join_key=join_key, router_url=url)
+                async with trio.open_nursery() as tree:
+
+                    async def life(*, task_status: Any) -> None:
+                        await _agent(config, guard, stop, task_status)
+                        tree.cancel_scope.cancel()
+
+                    made = await tree.start(life)
+                    await _until_ready(made, display)
+                    display.finish()
+                    answered = await _use(options, published, url, api_key)
+                    if options.once is not None:
+                        stop.set()
+                router.cancel_scope.cancel()
+    return Exit.OK if answered or options.once is None else 130
+
+
+async def _use(options: Options, published: Any, url: str, key: str) -> bool:
+    """The one question of `--once`, or the welcome and a first question. True when there was an answer."""
+    if options.once is not None:
+        await _ask(url, key, published.name, options.once)
+        return True
+    click.echo(_welcome(url, key, published.name), err=True)
+    if published.task != "generate":
+        return True
+    click.echo(f"> {QUESTION}", err=True)
+    try:
+        await _ask(url, key, published.name, QUESTION)
+    except AgentError as error:
+        # Not every model can chat; the try-out goes on, and what failed is seen.
+        click.echo(f"the model did not answer: {error.message}", err=True)
+    return True
+
+
+def _default_data() -> Path:
+    given = os.environ.get("XDG_CACHE_HOME")
+    return (Path(given) if given else Path.home() / ".cache") / "xerotier" / "local"
+
+
+_ONLY = frozenset(o.attr for o in OPTIONS) - _FIXED
+
+
+@click.command(
+    "local",
+    cls=AgentCommand,
+    only=_ONLY,
+    help="Router and agent in one process, for a try-out without an account.\n\nPublishes and assigns the model of "
+    "--model, enrolls, fetches it into the cache, starts vLLM, asks one question, and serves an OpenAI API on "
+    "127.0.0.1 until Ctrl-C.",
+)
+@click.option(
+    "--model", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIR",
+    help="Model directory to serve",
+)  # fmt: skip
+@click.option("--once", metavar="PROMPT", help="Print only the answer to PROMPT on stdout, then end")
+@click.option("--port", type=click.IntRange(1, 65535), help="Port of the API  [default: 8080, else any free one]")
+@click.option(
+    "--data", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
+    help="Where router, agent and model cache keep their files  [default: ~/.cache/xerotier/local]",
+)  # fmt: skip
+def command(model: Path, once: str | None, port: int | None, data: Path | None, **flags: Any) -> int:
+    data = (data or _default_data()).absolute()
+    defaults = {
+        "config_path": str(data / "agent"),
+        "model_cache_path": str(data / "models"),
+        "metrics_port": "0",
+        "log_level": "warning",
+    }
+    config = configured(flags, defaults)
+
+    from xim_agent.engine.guard import Guard, die_with_parent
+
+    die_with_parent()
+    guard = Guard.start()
+
+    import trio
+
+    try:
+        return int(trio.run(_session, Options(model, once, port, data), config, guard))
+    finally:
+        guard.close()

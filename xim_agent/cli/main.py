@@ -1,0 +1,54 @@
+"""The command line: one lazily imported file per command, so that `--help` and errors come at once."""
+
+import importlib
+from collections.abc import Sequence
+
+import click
+
+from xim_agent import PROTOCOL, __version__
+from xim_agent.cli.options import write_options
+from xim_agent.cli.render import guarded
+
+_COMMANDS = {
+    "run": "Serve models as a worker of a router; enrolls first when there is no credential",
+    "enroll": "Enroll with a join key and exit",
+    "leave": "Deregister this agent at the router and set its credential aside",
+    "local": "Router and agent in one process, for a try-out without an account",
+    "router": "The local router: serve, join-key, model, assign, api-key",
+    "version": "Print the version",
+    "licenses": "Print the licences of everything in this program",
+}
+
+
+class LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"xim_agent.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_options(ctx, formatter)
+        formatter.write_paragraph()
+        formatter.write_text("Options of `run` (a flag wins over its variable, an empty variable counts as unset):")
+        write_options(formatter)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(__version__, message=f"%(prog)s %(version)s (XIM protocol {PROTOCOL})")
+def cli() -> None:
+    """Serves language models with vLLM as a worker of a XIM router, without an open port."""
+
+
+def main(args: Sequence[str]) -> int:
+    """Runs one command; returns the exit code. Every exception becomes a message here and nowhere else."""
+    return guarded(lambda: cli.main(list(args), prog_name="xerotier-xim-agent", standalone_mode=False))
+
+

@@ -1,0 +1,225 @@
+"""The local router's commands. Data goes to stdout alone, everything else to stderr."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+from xim_agent.errors import AgentError, Exit
+
+_DATA = click.option(
+    "--data",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    metavar="DIR",
+    help="The router's directory: database, models",
+)
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_PEM = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+def _seconds(ctx: click.Context, param: click.Parameter, value: str) -> float:
+    """`90s`, `30m`, `24h`, `7d`."""
+    match = re.fullmatch(r"0*([1-9][0-9]{0,8})([smhd])", value)
+    if match is None:
+        raise click.BadParameter(f"{value!r} is no time like 90s, 30m, 24h or 7d")
+    return float(int(match[1]) * _UNITS[match[2]])
+
+
+@click.group("router", help="The local router: for trying out, for tests and for small private fleets.")
+def command() -> None:
+    pass
+
+
+@command.command()
+@click.option("--listen", default="127.0.0.1:8080", show_default=True, metavar="HOST:PORT", help="Where to listen")
+@click.option(
+    "--public-url",
+    "public_urls",
+    multiple=True,
+    metavar="URL",
+    help="Where agents and clients reach it (repeatable, kept with the data)  [default: http://LISTEN]",
+)
+@click.option("--tls-cert", type=_PEM, help="Certificate chain, PEM; needs --tls-key")
+@click.option("--tls-key", type=_PEM, help="Private key of the certificate, PEM")
+@_DATA
+def serve(listen: str, public_urls: tuple[str, ...], tls_cert: Path | None, tls_key: Path | None, data: Path) -> None:
+    """Run the router until SIGINT or SIGTERM."""
+    import trio
+
+    from xim_agent.router.store import Store
+
+    if (tls_cert is None) != (tls_key is None):
+        raise click.UsageError("--tls-cert and --tls-key go together")
+    for url in public_urls:
+        _check_url(url)
+    with Store.open(data) as store:
+        trio.run(_serve, store, listen, public_urls, tls_cert, tls_key)
+
+
+async def _serve(
+    store: Any, listen: str, public_urls: tuple[str, ...], tls_cert: Path | None, tls_key: Path | None
+) -> None:
+    import signal
+    from functools import partial
+
+    import trio
+
+    from xim_agent.router.app import make_app
+    from xim_agent.router.app import serve as run
+
+    app = make_app(store)
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with trio.open_nursery() as nursery:
+            go = partial(run, app, listen, public_urls=public_urls, tls_cert=tls_cert, tls_key=tls_key)
+            bound = await nursery.start(go)
+            click.echo(f"router is listening on {' '.join(bound)}", err=True)
+            click.echo(f"agents and clients use {' '.join(store.public_urls)}; the dashboard is {bound[0]}/", err=True)
+            async for _ in signals:
+                break
+            click.echo("router stops", err=True)
+            nursery.cancel_scope.cancel()
+
+
+@command.group()
+def model() -> None:
+    """Models that agents can be given."""
+
+
+@model.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--name", required=True, help="What clients call it")
+@click.option("--revision", metavar="REV", help="[default: made from the content]")
+@_DATA
+def publish(path: Path, name: str, revision: str | None, data: Path) -> None:
+    """Compress the model in directory PATH into chunks and a manifest. Prints NAME@REV."""
+    from xim_agent.cli.progress import Display
+    from xim_agent.router.store import Store
+
+    with Store.open(data) as store, Display() as display:
+        done = publish_model(store, path, name, revision, display)
+    click.echo(f"{done.name}@{done.revision}")
+
+
+def publish_model(store: Any, path: Path, name: str, revision: str | None, display: Any) -> Any:
+    """Publishes below the store's directory and registers what came of it (`catalog.Published`). Blocks."""
+    import time
+
+    from xim_agent.cli.progress import bytes_text
+    from xim_agent.router import catalog
+    from xim_agent.router.publish import publish
+
+    def show(done: int, total: int) -> None:
+        display.show("compressing the model", done=done, total=total, detail=bytes_text(done, total, 0))
+
+    done = publish(path, name, revision, store.directory, progress=show)
+    for dropped in done.dropped:
+        display.say(f"left out: {dropped}")
+    task = catalog.task_of(_config(path), [p.name for p in path.iterdir()])
+    manifest = f"sha256:{done.manifest_sha256}"
+    row = (done.name, done.revision, done.id, manifest, done.size_bytes, done.stored_bytes, task, time.time())
+    published = catalog.Published(*row)
+    catalog.register(store.db, published)
+    share = done.stored_bytes / done.size_bytes if done.size_bytes else 1.0
+    display.say(f"{done.size_bytes:,} bytes, {share:.0%} of that stored, task {task}")
+    return published
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads((path / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+@command.group("join-key")
+def join_key() -> None:
+    """Keys that let an agent join."""
+
+
+@join_key.command("create")
+@click.option("--project", required=True, help="Project its agents belong to")
+@click.option("--region", default="local", show_default=True, help="Region of its agents")
+@click.option("--uses", type=click.IntRange(1), default=1, show_default=True, help="How many agents may join by it")
+@click.option("--expires", callback=_seconds, default="24h", show_default=True, help="How long it is valid")
+@_DATA
+def create_join_key(project: str, region: str, uses: int, expires: float, data: Path) -> None:
+    """Print a new join key. It cannot be shown again."""
+    import time
+
+    from xim_agent.router.store import Store
+
+    now = time.time()
+    with Store.open(data) as store:
+        urls = store.public_urls
+        if not store.served_before:
+            click.echo(f"this router never ran: the key says {urls[0]}, where it listens by default", err=True)
+        key = store.create_join_key(
+            project=_project(project), region=region, uses=uses, expires_at=now + expires, now=now
+        )
+    click.echo(f"for {uses} agent{'s' if uses > 1 else ''}, by way of {' '.join(urls)}", err=True)
+    click.echo(key)
+
+
+@command.command()
+@click.argument("target", metavar="NAME[@REV]")
+@click.option("--agent", metavar="ID", help="[default: all agents, present and future]")
+@_DATA
+def assign(target: str, agent: str | None, data: Path) -> None:
+    """Have agents serve a published model; its newest revision unless REV is given."""
+    from xim_agent.router import catalog
+    from xim_agent.router.store import Store
+
+    name, _, revision = target.rpartition("@") if "@" in target else (target, "", "")
+    with Store.open(data) as store:
+        done = catalog.assign(store.db, name, revision or None, agent)
+    whom = f"agent {agent}" if agent else "all agents"
+    click.echo(f"{done.model.name}@{done.model.revision} goes to {whom}, generation {done.generation}", err=True)
+
+
+@command.group("api-key")
+def api_key() -> None:
+    """Keys of clients."""
+
+
+@api_key.command("create")
+@click.option("--project", required=True, help="Project whose agents answer its requests")
+@_DATA
+def create_api_key(project: str, data: Path) -> None:
+    """Print a new API key. It cannot be shown again."""
+    import time
+
+    from xim_agent.router import catalog
+    from xim_agent.router.store import Store
+
+    with Store.open(data) as store:
+        key = catalog.create_api_key(store.db, _project(project), time.time())
+    click.echo(key)
+
+
+def _project(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", name):
+        raise AgentError(
+            "project_invalid",
+            f"{name!r} is no project name",
+            hint="letters, digits, `.`, `_` and `-`, at most 63, the first one a letter or digit",
+            exit_code=Exit.USAGE,
+        )
+    return name
+
+
+def _check_url(url: str) -> None:
+    from urllib.parse import urlsplit
+
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        good = good and not parts.query and not parts.fragment and parts.username is None
+    except ValueError:
+        good = False
+    if not good:
+        hint = "for example https://router.example:8443"
+        raise AgentError("public_url_invalid", f"--public-url {url!r} is no URL", hint=hint, exit_code=Exit.USAGE)

@@ -1,0 +1,30 @@
+from typing import Any
+
+from xim_agent.cli.common import configured
+from xim_agent.cli.options import agent_command
+
+
+async def _run(config: Any, guard: Any) -> None:
+    from xim_agent import agent
+    from xim_agent.assemble import assemble
+
+    async with assemble(config, guard) as made:
+        await agent.run(made.parts)
+
+
+@agent_command("run", "Serve models as a worker of a router; enrolls first when there is no credential.")
+def command(**flags: Any) -> None:
+    config = configured(flags)
+
+    from xim_agent.engine.guard import Guard, die_with_parent
+
+    die_with_parent()
+    # Forked before trio starts and before the state is locked: a later child would keep the lock.
+    guard = Guard.start()
+
+    import trio
+
+    try:
+        trio.run(_run, config, guard)
+    finally:
+        guard.close()

@@ -1,0 +1,50 @@
+"""Where sockets live: a 0700 directory of this agent alone, short enough for a Unix socket address."""
+
+import hashlib
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+
+from xim_agent.errors import AgentError, Exit
+
+# sun_path holds 108 bytes with its final NUL; vLLM and ZeroMQ add names of their own below the directory.
+MAX_SOCKET_PATH = 100
+_LONGEST_NAME = len("/engine.sock") + 36
+
+
+def runtime_directory(config_path: Path, environ: Mapping[str, str]) -> Path:
+    """Makes and returns the first usable of $RUNTIME_DIRECTORY, $XDG_RUNTIME_DIR, the config directory, /tmp.
+
+    Raises AgentError (exit 77) when a place exists but belongs to somebody else.
+    """
+    own = hashlib.sha256(str(config_path.absolute()).encode()).hexdigest()[:12]
+    places = []
+    if given := environ.get("RUNTIME_DIRECTORY", "").split(":")[0]:
+        places.append(Path(given))
+    if xdg := environ.get("XDG_RUNTIME_DIR", ""):
+        places.append(Path(xdg) / "xerotier-xim-agent" / own)
+    places += [config_path.absolute() / "run", Path("/tmp") / f"xerotier-{os.getuid()}-{own}"]  # noqa: S108
+    for place in places:
+        if len(os.fsencode(place)) + _LONGEST_NAME > MAX_SOCKET_PATH:
+            continue
+        try:
+            place.mkdir(mode=0o700, parents=True, exist_ok=True)
+            found = place.lstat()
+        except OSError:
+            continue
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+            raise AgentError(
+                "runtime_directory",
+                f"{place} belongs to uid {found.st_uid}, not to {os.getuid()}",
+                hint=f"remove it, or set RUNTIME_DIRECTORY to a directory of uid {os.getuid()}",
+                exit_code=Exit.STATE,
+            )
+        place.chmod(0o700)
+        return place
+    raise AgentError(
+        "runtime_directory",
+        f"no place for the sockets: tried {', '.join(map(str, places))}",
+        hint="set XDG_RUNTIME_DIR or RUNTIME_DIRECTORY to a short, writable directory",
+        exit_code=Exit.STATE,
+    )

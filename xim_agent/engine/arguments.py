@@ -1,0 +1,116 @@
+"""vLLM's command line as data: what the operator and the router add, and what the installed vLLM understands."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePosixPath
+
+from xim_agent.errors import AgentError, Exit
+
+_SHORT = {
+    "-tp": "--tensor-parallel-size",
+    "-pp": "--pipeline-parallel-size",
+    "-q": "--quantization",
+    "-sc": "--speculative-config",
+    "--device-memory-utilization": "--gpu-memory-utilization",
+}
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_NUMBER = re.compile(r"-?[0-9.]+")
+# What the router may choose by itself. vLLM's other flags can load code, open ports and read files.
+_ALLOWED = {
+    "--dtype": _NAME,
+    "--tool-call-parser": _NAME,
+    "--reasoning-parser": _NAME,
+    "--enable-auto-tool-choice": None,
+    "--chat-template": re.compile(r".{1,256}"),
+    "--chat-template-content-format": _NAME,
+    "--max-num-batched-tokens": re.compile(r"[0-9]{1,9}"),
+    "--limit-mm-per-prompt": re.compile(r'\{["a-z0-9:, ]{0,256}\}'),
+    "--enforce-eager": None,
+}
+
+
+def canonical(flag: str) -> str:
+    """One name for all ways to write a flag: `--no-x`, `--x_y` and short forms included."""
+    name = _SHORT.get(flag.partition("=")[0], flag.partition("=")[0])
+    name = "--" + name.lstrip("-").replace("_", "-")
+    return "--" + name.removeprefix("--no-") if name.startswith("--no-") else name
+
+
+def group(words: Sequence[str], source: str) -> list[list[str]]:
+    """Splits words into flags with their values. Raises AgentError when the first word is no flag."""
+    groups: list[list[str]] = []
+    for word in words:
+        if word.startswith("-") and not _NUMBER.fullmatch(word):
+            groups.append([word])
+        elif groups:
+            groups[-1].append(word)
+        else:
+            raise AgentError(
+                "engine_args_invalid",
+                f"{source}: {word!r} is not a flag of vLLM",
+                hint="flags begin with -- and are followed by their values",
+                exit_code=Exit.CONFIG,
+            )
+    return groups
+
+
+def chosen_by_router(words: Sequence[str], allowed_too: Iterable[str]) -> list[list[str]]:
+    """The assignment's engine_args, checked. `allowed_too`: flags that the operator permits besides the safe ones.
+
+    Raises AgentError `engine_args_refused`. A chat template is a path inside the model directory.
+    """
+    permitted = {canonical("--" + name.lstrip("-")) for name in allowed_too}
+    checked = []
+    for flag, *values in group(words, "assignment"):
+        name, _, inline = flag.partition("=")
+        given = [inline, *values] if inline else values
+        if canonical(flag) in permitted:
+            checked.append([flag, *values])
+            continue
+        pattern = _ALLOWED.get(name, ...)
+        safe = pattern is not ... and (
+            not given if pattern is None else len(given) == 1 and pattern.fullmatch(given[0]) is not None
+        )
+        if name == "--chat-template" and safe:
+            path = PurePosixPath(given[0])
+            safe = not path.is_absolute() and ".." not in path.parts and "{" not in given[0]
+        if not safe:
+            raise AgentError(
+                "engine_args_refused",
+                f"the router wants vLLM to run with {' '.join([flag, *values])}, which this agent does not permit",
+                hint=f"if you trust the router with it, set XEROTIER_AGENT_ALLOW_ENGINE_ARGS={name}",
+                exit_code=Exit.CONFIG,
+            )
+        checked.append([name, *given])
+    return checked
+
+
+def merged(own: Mapping[str, Sequence[str]], *later: Iterable[Sequence[str]]) -> list[str]:
+    """The words of a command line. Own flags that a later group names again are dropped, in whatever form it does."""
+    flags: dict[str, Sequence[str]] = {name: [name, *values] for name, values in own.items()}
+    for groups in later:
+        named = list(groups)
+        for words in named:
+            flags.pop(canonical(words[0]), None)
+        for number, words in enumerate(named):
+            flags[f"{canonical(words[0])} {number}"] = words  # one flag may come several times in a group
+    return [word for words in flags.values() for word in words]
+
+
+def value_of(words: Sequence[str], flag: str) -> str | None:
+    """The value that a command line gives a flag at last; None when it does not name it."""
+    found = None
+    for number, word in enumerate(words):
+        name, equals, inline = word.partition("=")
+        if word.startswith("-") and canonical(name) == flag:
+            found = inline if equals else (words[number + 1] if number + 1 < len(words) else "")
+    return found
+
+
+def known_flags(help_text: str) -> frozenset[str]:
+    """Flags that `vllm serve --help=all` lists: words with two dashes at the beginning of an option's entry."""
+    flags: set[str] = set()
+    for line in help_text.splitlines():
+        if re.match(r" {1,6}-", line):
+            flags.update(re.findall(r"(?<![\w-])--[a-z0-9][a-z0-9-]*", re.split(r"  +", line.strip())[0]))
+    return frozenset(flags)

@@ -1,0 +1,32 @@
+"""Reads a model directory: config.json and the headers of its safetensors files, never the weights."""
+
+import json
+from pathlib import Path
+
+from xim_agent.engine.sizing import ModelFacts, facts, served_weights
+from xim_agent.errors import AgentError, Exit
+
+_LONGEST_HEADER = 100 * 1024 * 1024  # the format's own limit
+
+
+def read_model(directory: Path) -> ModelFacts:
+    """Blocking. Raises AgentError `model_unreadable` when there is no usable config.json or a header is broken."""
+    try:
+        config = json.loads((directory / "config.json").read_bytes())
+        weights = sum(_weights(path) for path in sorted(directory.glob("*.safetensors")))
+        return facts(config, weights)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise AgentError(
+            "model_unreadable",
+            f"{directory} is not a model that vLLM can serve: {error!r}",
+            hint="a model directory holds config.json, *.safetensors and the tokenizer's files",
+            exit_code=Exit.CONFIG,
+        ) from error
+
+
+def _weights(path: Path) -> int:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length <= _LONGEST_HEADER:
+            raise ValueError(f"{path.name}: header of {length} bytes")
+        return served_weights(json.loads(file.read(length)))

@@ -1,0 +1,120 @@
+"""Gathers what a plan needs from this machine: launcher, model files, directories, the flags that vLLM knows."""
+
+import fcntl
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import trio
+
+from xim_agent.assignment.plan import EngineTarget
+from xim_agent.config.fields import Config
+from xim_agent.engine import launcher
+from xim_agent.engine.arguments import known_flags
+from xim_agent.engine.command import Places, Plan, plan
+from xim_agent.engine.environment import child_environment
+from xim_agent.engine.guard import Guard
+from xim_agent.engine.leftovers import Leftovers
+from xim_agent.engine.model import read_model
+from xim_agent.engine.process import output_of
+from xim_agent.errors import AgentError, Exit
+from xim_agent.hardware.report import Hardware
+
+log = logging.getLogger("xim_agent.engine")
+
+LOCK_SECONDS = 20.0  # another agent's guard needs at most 10 to clean up
+MAX_SOCKET_PATH = 100
+
+
+class Planner:
+    """`runtime`: 0700, of this agent alone, short: sockets lie in it. `compile_cache`: vLLM's version → a directory."""
+
+    def __init__(
+        self, config: Config, hardware: Hardware, guard: Guard, runtime: Path, compile_cache: Callable[[str], Path]
+    ) -> None:
+        self._config, self._hardware, self._guard, self.runtime = config, hardware, guard, runtime
+        self._compile_cache = compile_cache
+        self.socket = str(config.vllm_socket_path or runtime / "engine.sock")
+        self._scratch = runtime / "t"
+        self._flags = runtime / "flags.json"
+
+    async def plan(self, target: EngineTarget) -> Plan:
+        """Raises AgentError as `command.plan` does, and socket_path_too_long, launcher_missing, model_unreadable."""
+        if len(os.fsencode(self.socket)) > MAX_SOCKET_PATH:
+            raise AgentError(
+                "socket_path_too_long",
+                f"{self.socket} is longer than {MAX_SOCKET_PATH} bytes",
+                hint="set XEROTIER_AGENT_VLLM_SOCKET_PATH to a shorter path",
+                exit_code=Exit.CONFIG,
+            )
+        program = launcher.find(self._config.vllm_path, os.environ)
+        model = await trio.to_thread.run_sync(read_model, target.directory)
+        caches = self._compile_cache(launcher.version(program))
+        places = Places(str(program), str(target.directory), self.socket, str(self._scratch), str(caches))
+        known = launcher.load_flags(self._flags, program)
+        return plan(self._config, target.assignment, self._hardware, model, places, known)
+
+    async def learn_flags(self, made: Plan) -> bool:
+        """vLLM did not know a flag: asks it, once an installation, for its list. True: plan again, with that list.
+
+        Not asked before, because `vllm serve --help=all` takes 10 to 30 s of CPU on two cores, more than it saves: a
+        start that succeeds has proven its flags.
+        """
+        program = Path(made.argv[0])
+        if launcher.load_flags(self._flags, program) is not None:
+            return False
+        log.info("asking vLLM for the flags it knows")
+        command = [str(program), "serve", "--help=all"]
+        text = await output_of(self._guard, command, self.environment(made), Leftovers(self._notes))
+        flags = known_flags(text)
+        if "--uds" not in flags:
+            return False
+        launcher.save_flags(self._flags, program, flags)
+        return True
+
+    def environment(self, made: Plan) -> dict[str, str]:
+        return child_environment(os.environ, made.env, getattr(sys, "_MEIPASS", None))
+
+    @property
+    def _notes(self) -> str:
+        return str(self.runtime / "leftovers.json")
+
+    def clean(self) -> Leftovers:
+        """The place is as if no engine had run here (over a stale socket vLLM does not start). Call with none alive."""
+        self._scratch.mkdir(mode=0o700, exist_ok=True)
+        if gone := Leftovers.load(self._notes).sweep():
+            log.info("swept what an earlier engine left", extra={"paths": gone})
+        left = Leftovers(self._notes, [self.socket], [str(self._scratch)])
+        left.sweep()
+        return left
+
+    async def own_runtime(self) -> None:
+        """Takes the lock of the runtime directory, and gives it to the guard, who keeps it until all is clean.
+
+        Waits for the guard of an agent that was killed a moment ago. Raises AgentError `runtime_directory_in_use`.
+        """
+        lock = os.open(self.runtime / "engine.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        until = trio.current_time() + LOCK_SECONDS
+        try:
+            while not _locked(lock):
+                if trio.current_time() > until:
+                    raise AgentError(
+                        "runtime_directory_in_use",
+                        f"another agent's engine runs in {self.runtime}",
+                        hint="give each agent its own CONFIG_PATH or RUNTIME_DIRECTORY",
+                        exit_code=Exit.ALREADY_RUNNING,
+                    )
+                await trio.sleep(0.1)
+            await self._guard.hold(lock)
+        finally:
+            os.close(lock)
+
+
+def _locked(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

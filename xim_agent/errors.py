@@ -1,0 +1,45 @@
+"""What a person reads when something failed. Imports nothing of ours, so that every layer can raise these."""
+
+from collections.abc import Iterator
+from enum import IntEnum
+
+
+class Exit(IntEnum):
+    """Exit codes of the executable; systemd does not restart on 2, 10-15, 77 and 78."""
+
+    OK = 0
+    USAGE = 2
+    JOIN_KEY_REFUSED = 10
+    CREDENTIAL_REVOKED = 11
+    REMOVED = 12
+    PROTOCOL = 13
+    ALREADY_RUNNING = 14
+    TOKEN_REFUSED = 15
+    NO_ROUTER = 69
+    BUG = 70
+    STATE = 77
+    CONFIG = 78
+
+
+class AgentError(Exception):
+    """A failure with a name.
+
+    `code` is stable snake case (logs, metrics, tests), `message` says what failed and with which value, `hint` what to
+    do next, `exit_code` how the process ends when nobody handles it.
+    """
+
+    def __init__(self, code: str, message: str, *, hint: str = "", exit_code: int = Exit.BUG) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.hint = hint
+        self.exit_code = int(exit_code)
+
+
+def leaves(error: BaseException) -> Iterator[BaseException]:
+    """The exceptions inside nested groups, or the exception itself."""
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from leaves(inner)
+    else:
+        yield error

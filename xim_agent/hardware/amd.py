@@ -1,0 +1,58 @@
+"""What `amd-smi` and, on older machines, `rocm-smi` print as JSON, turned into devices."""
+
+import json
+from typing import Any
+
+from xim_agent.hardware.report import Device
+
+AMD_SMI_STATIC = ("amd-smi", "static", "--asic", "--vram", "--driver", "--json")
+AMD_SMI_MEMORY = ("amd-smi", "metric", "--mem-usage", "--json")
+AMD_SMI_LIST = ("amd-smi", "list", "--json")
+ROCM_SMI = ("rocm-smi", "--showproductname", "--showuniqueid", "--showmeminfo", "vram", "--showdriverversion", "--json")
+_UNITS = {"B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30}  # amd-smi says MB and means MiB
+
+
+def from_amd_smi(static: bytes, memory: bytes, listing: bytes) -> tuple[tuple[Device, ...], str]:
+    """Devices and driver version; free memory is 0 when `memory` does not tell. Raises ValueError for other output."""
+    used, ids = _by_gpu(memory), _by_gpu(listing)
+    devices, driver = [], ""
+    for gpu, entry in sorted(_by_gpu(static).items()):
+        asic = _dict(entry.get("asic"))
+        usage = _dict(used.get(gpu, {}).get("mem_usage"))
+        total = _bytes(_dict(entry.get("vram")).get("size")) or _bytes(usage.get("total_vram"))
+        free = _bytes(usage.get("free_vram"))
+        name, gfx = str(asic.get("market_name", "AMD GPU")), str(asic.get("target_graphics_version", ""))
+        devices.append(Device(gpu, str(ids.get(gpu, {}).get("uuid", "")), name, total, free, gfx))
+        driver = driver or str(_dict(entry.get("driver")).get("version", ""))
+    return tuple(devices), driver
+
+
+def from_rocm_smi(output: bytes) -> tuple[tuple[Device, ...], str]:
+    """The same from `rocm-smi --json`, whose every value is text. Raises ValueError for other output."""
+    cards = _dict(json.loads(output))
+    devices = []
+    for name, card in cards.items():
+        if name.startswith("card") and name[4:].isdecimal() and isinstance(card, dict):
+            low = {key.lower(): str(value) for key, value in card.items()}
+            total, used = int(low.get("vram total memory (b)", 0)), int(low.get("vram total used memory (b)", 0))
+            series, gfx = low.get("card series", "AMD GPU"), low.get("gfx version", "")
+            devices.append(Device(int(name[4:]), low.get("unique id", ""), series, total, total - used, gfx))
+    return tuple(sorted(devices, key=lambda device: device.index)), str(
+        _dict(cards.get("system")).get("Driver version", "")
+    )
+
+
+def _by_gpu(output: bytes) -> dict[int, dict[str, Any]]:
+    data = json.loads(output)
+    rows = data.get("gpu_data", []) if isinstance(data, dict) else data  # ROCm 7 wraps the list
+    return {row["gpu"]: row for row in rows if isinstance(row, dict) and isinstance(row.get("gpu"), int)}
+
+
+def _bytes(value: object) -> int:
+    """`{"value": 196592, "unit": "MB"}`, or a bare number of MB from older versions; 0 for N/A."""
+    number, unit = (value.get("value"), value.get("unit", "MB")) if isinstance(value, dict) else (value, "MB")
+    return int(number * _UNITS.get(str(unit), 0)) if isinstance(number, int | float) and number >= 0 else 0
+
+
+def _dict(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,33 @@
+"""Named health conditions: what is wrong now, since when, what cures it. Shown by `/readyz`, polls and `status`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from xim_agent.mesh.messages import Condition
+
+
+@dataclass
+class Health:
+    """Conditions by code. Synchronous; `on_change` runs after a change (a `Watch.bump`)."""
+
+    now: Callable[[], float]
+    on_change: Callable[[], None] = lambda: None
+    hints: dict[str, str] = field(default_factory=dict)
+    _conditions: dict[str, Condition] = field(default_factory=dict)
+
+    def set(self, code: str, text: str, hint: str = "") -> None:
+        """Raises or updates a condition; `since` stays that of its first appearance."""
+        old = self._conditions.get(code)
+        if old is not None and old.text == text:
+            return
+        self._conditions[code] = Condition(code=code, text=text, since=old.since if old else self.now())
+        self.hints[code] = hint
+        self.on_change()
+
+    def clear(self, code: str) -> None:
+        if self._conditions.pop(code, None) is not None:
+            self.hints.pop(code, None)
+            self.on_change()
+
+    def conditions(self) -> list[Condition]:
+        return sorted(self._conditions.values(), key=lambda c: (c.since, c.code))

@@ -1,0 +1,69 @@
+"""What a person reads when an identity was refused: one message and one next step per cause (wire-protocol §2)."""
+
+from xim_agent import PROTOCOL
+from xim_agent.errors import AgentError, Exit
+from xim_agent.outcome import Action, RouterError
+
+_NEW_KEY = "create a new join key at the router and set XEROTIER_AGENT_JOIN_KEY"
+_JOIN_KEY = {
+    "join_key_invalid": (
+        "the router does not know the join key",
+        "check that the whole key was copied, and the router",
+    ),
+    "join_key_expired": ("the join key has expired", _NEW_KEY),
+    "join_key_revoked": ("the join key was revoked", f"ask who revoked it; then {_NEW_KEY}"),
+    "join_key_used_up": ("the join key has no use left", f"{_NEW_KEY}, with more uses if it is for several agents"),
+}
+# After these the same call can succeed later without anybody changing the agent's configuration or state.
+TRANSIENT = frozenset({Action.RETRY, Action.REFRESH, Action.CLOCK, Action.WAIT, Action.FINAL})
+
+
+def explain(error: RouterError) -> AgentError:
+    """The error to end the process with, or to show as a health condition."""
+    if error.code in _JOIN_KEY:
+        message, hint = _JOIN_KEY[error.code]
+        return AgentError(error.code, message, hint=hint, exit_code=Exit.JOIN_KEY_REFUSED)
+    if error.action is Action.PROTOCOL:
+        theirs = error.problem.get("protocols", "another version")
+        message = f"this agent speaks protocol {PROTOCOL}, the router {theirs}"
+        hint = "install the version of the agent that fits the router"
+        return AgentError(error.code, message, hint=hint, exit_code=Exit.PROTOCOL)
+    if error.code == "dpop_url":
+        called, expected = error.problem.get("called", "?"), error.problem.get("expected", "?")
+        message = f"the agent called {called}, the router knows itself as {expected}"
+        hint = "set XEROTIER_AGENT_ROUTER_URL to the router's public URL, or add the called one to --public-url"
+        return AgentError(error.code, message, hint=hint, exit_code=Exit.CONFIG)
+    if error.action is Action.CLOCK and error.date_skew is not None:
+        message = f"{error.message} (this machine's clock is {-error.date_skew:+.0f} s off)"
+        return AgentError(error.code, message, hint="set the clock (NTP)", exit_code=Exit.NO_ROUTER)
+    if error.action in TRANSIENT and error.action is not Action.FINAL:
+        return AgentError(error.code, error.message, hint=error.hint, exit_code=Exit.NO_ROUTER)
+    return error
+
+
+def credential_refused(error: RouterError, *, join_key_used: bool) -> AgentError:
+    """The newest and the previous refresh token were refused and no join key is left to try."""
+    reasons = {
+        "credential_reused": "an old refresh token of this agent was presented, by a copy of its state or a thief,"
+        " so the router revoked them all",
+        "credential_revoked": "the router does not know this agent's credential, or revoked it",
+    }
+    also = "; the join key was used in this start already" if join_key_used else ""
+    hint = f"if the state directory was copied, remove the copy; {_NEW_KEY}"
+    message = reasons.get(error.code, error.message) + also
+    return AgentError(error.code, message, hint=hint, exit_code=Exit.CREDENTIAL_REVOKED)
+
+
+def no_credential() -> AgentError:
+    return AgentError(
+        "no_credential",
+        "this agent is not enrolled and has no join key",
+        hint="set XEROTIER_AGENT_JOIN_KEY or XEROTIER_AGENT_JOIN_KEY_FILE",
+        exit_code=Exit.CONFIG,
+    )
+
+
+def removed(agent_id: str, kept: str) -> AgentError:
+    """410: the operator removed this agent; its state was renamed to `kept`."""
+    message = f"the agent {agent_id} was removed from the router; its state is kept as {kept}"
+    return AgentError("agent_removed", message, hint=f"to bring it back: {_NEW_KEY}", exit_code=Exit.REMOVED)

@@ -1,0 +1,299 @@
+"""The agent's identity while it runs: load or enroll, renew, hand out the token, judge assignments (wire-protocol §3).
+
+One task (`run`) makes every call that changes the identity; the others ask it and wait. So there is never more than one
+refresh in flight, and cancelling a poll cuts none.
+"""
+
+import logging
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import trio
+
+from xim_agent.backoff import Backoff
+from xim_agent.clock import Clock
+from xim_agent.errors import AgentError
+from xim_agent.health import Health
+from xim_agent.identity import refusals
+from xim_agent.identity.bearer import Bearer, IdentityStatistics
+from xim_agent.identity.claims import Claims, TokenRefused, UnknownKid
+from xim_agent.identity.exchange import EnrollTransport, Exchange
+from xim_agent.identity.join_key import JoinKey
+from xim_agent.identity.memory import Memory, Store
+from xim_agent.identity.rotation import Enrollment
+from xim_agent.mesh.messages import Assignment
+from xim_agent.outcome import Action, RouterError
+from xim_agent.watch import Watch
+
+FORCED_INTERVAL = 10.0  # seconds between two refreshes that others asked for, wire-protocol §2
+
+log = logging.getLogger("xim_agent.identity")
+
+
+class IdentityService:
+    """`agent_info` is `{name, version, os, arch, hostname}`; `hardware` gives the report of §3.6 when it is needed."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        transport: EnrollTransport,
+        clock: Clock,
+        health: Health,
+        join_key: JoinKey | None,
+        router_url: str | None,
+        agent_info: dict[str, Any],
+        hardware: Callable[[], dict[str, Any]],
+        max_concurrent: int | None,
+        rand: Callable[[], float] = random.random,
+    ) -> None:
+        self._memory = Memory(store)
+        self._transport = transport
+        self._clock = clock
+        self._health = health
+        self._join_key = join_key
+        self._override = (router_url,) if router_url else None
+        self._agent_info = agent_info
+        self._hardware = hardware
+        self._max_concurrent = max_concurrent
+        self._rand = rand
+        self._refusal: RouterError | None = None  # the stored credential is refused; only the join key can help
+        self._join_key_used = False
+        self._bearer: Bearer | None = None
+        self._claims: Claims | None = None
+        self._expires = 0.0  # trio time: the machine's wall clock may be off or step
+        self._tokens = Watch()
+        self._tries = Watch()
+        self._demand = trio.Event()
+        self._running = self._busy = False
+        self._forced_at = self._not_before = float("-inf")
+        self._backoff = Backoff()
+        self._enrollments = self._refreshes = self._failures = 0
+        self._last_refresh: float | None = None
+
+    # what the other parts use
+
+    @property
+    def enrolled(self) -> bool:
+        """Whether a credential is stored. Raises AgentError, exit 77, when the state cannot be used."""
+        return self._memory.enrollment is not None
+
+    async def wait_bearer(self) -> Bearer:
+        """Waits until there is a token that has not expired."""
+        while True:
+            seen = self._tokens.version
+            if self._bearer is not None and trio.current_time() < self._expires:
+                return self._bearer
+            await self._tokens.wait_beyond(seen)
+
+    async def refused(self, token: str) -> None:
+        """After a 401 for `token`: returns when a refresh was tried, at once when none is due or a newer one is there.
+
+        Many callers share one refresh. Cancellation leaves the refresh running.
+        """
+        if self._bearer is not None and self._bearer.token == token:
+            await self._force()
+        else:
+            await trio.lowlevel.checkpoint()
+
+    def unreachable(self, router: str) -> None:
+        """Work calls cannot reach `router`: from now on the bearer names the next one, if there are several."""
+        routers = self._override or (self._memory.enrollment.routers if self._memory.enrollment else ())
+        if self._bearer is not None and self._bearer.router == router and router in routers:
+            following = routers[(routers.index(router) + 1) % len(routers)]
+            self._bearer = Bearer(following, self._bearer.token, self._bearer.agent_id)
+
+    async def verify_assignment(self, jws: str) -> Assignment:
+        """Also remembers it on disk, for a start without the router.
+
+        Raises TokenRefused; when it is signed by an unknown key, one refresh is tried first.
+        """
+        try:
+            assignment = self._memory.verified(jws)
+        except UnknownKid:
+            await self._force()
+            assignment = self._memory.verified(jws)
+        try:
+            await self._memory.remember(jws, assignment.iat)
+        except AgentError as error:  # good all the same: only a start without the router would miss it
+            log.warning(f"assignment not remembered: {error.message}", extra={"code": error.code})
+        return assignment
+
+    def remembered_assignment(self) -> Assignment | None:
+        """The last one accepted, checked again; None when there is none or its key has been rotated out since."""
+        return self._memory.remembered()
+
+    async def forget_assignment(self) -> None:
+        """The router assigns no model: the next start must not begin with the old one. Older ones stay refused."""
+        await self._memory.remember(None)
+
+    async def set_aside(self, suffix: str) -> Path:
+        """Keeps the state under another name: after `leave`, or when the router says 410 `agent_removed`."""
+        self._bearer = None
+        return await self._memory.set_aside(suffix)
+
+    def statistics(self) -> IdentityStatistics:
+        enrollment = self._memory.enrollment
+        return IdentityStatistics(
+            **{name: getattr(enrollment, name, "") for name in ("agent_id", "worker_id", "project", "region")},
+            router=self._bearer.router if self._bearer else "",
+            enrolled=enrollment is not None,
+            token_expires=self._claims.exp if self._claims else None,
+            last_refresh=self._last_refresh,
+            enrollments=self._enrollments,
+            refreshes=self._refreshes,
+            failures=self._failures,
+        )
+
+    async def enroll_once(self) -> Enrollment:
+        """One round over the routers. With a credential that works it says so and changes nothing but the token.
+
+        Raises AgentError with the exit code of the cause, 69 when no router answered.
+        """
+        try:
+            await self._renew()
+        except RouterError as error:
+            await self._fatal(error)
+        enrollment = self._memory.enrollment
+        assert enrollment is not None
+        if not self._enrollments:
+            log.info("already enrolled, nothing to do", extra={"agent_id": enrollment.agent_id})
+        return enrollment
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Keeps a token at hand until cancelled; `started` once the state on disk has been read.
+
+        Raises AgentError when only a person can help (exit 10 to 15, 77, 78). Cancellation leaves the state whole.
+        """
+        self._use_stored_token()
+        task_status.started()
+        self._running = True
+        try:
+            while True:
+                delay = await self._attempt()
+                with trio.move_on_after(delay):
+                    await self._demand.wait()
+        finally:
+            self._running = False
+
+    def _use_stored_token(self) -> None:
+        """Work can start with the last run's token while the refresh of this start is under way."""
+        old = self._memory.enrollment
+        if old is None:
+            if self._join_key is None:
+                raise refusals.no_credential()
+            return
+        if self._join_key is not None:
+            log.info("join key ignored: this agent is enrolled", extra={"agent_id": old.agent_id})
+        now = self._clock.now()
+        if (found := old.claims(now)) is not None:
+            self._publish(old, found, (self._override or old.routers)[0], found.exp - now)
+
+    async def _attempt(self) -> float:
+        """Seconds until the next attempt: half of the token's life ± 10 % after a success, else the backoff's."""
+        self._busy = True
+        try:
+            await self._renew()
+        except AgentError as error:
+            return await self._failed(error)
+        else:
+            assert self._claims is not None
+            self._health.clear("identity_failing")
+            self._health.clear("clock_off")
+            self._backoff.reset()
+            return (self._claims.exp - self._claims.iat) * (0.45 + 0.1 * self._rand())
+        finally:
+            self._busy = False
+            self._demand = trio.Event()
+            self._tries.bump()
+
+    async def _failed(self, error: AgentError) -> float:
+        """Raises what ends the process; else reports, and gives the seconds to wait."""
+        enrolling = not self.enrolled or self._refusal is not None
+        shown: AgentError = error
+        retry_after = None
+        if isinstance(error, RouterError):
+            if error.action not in refusals.TRANSIENT:
+                await self._fatal(error)
+            retry_after, shown = error.retry_after, refusals.explain(error)
+        elif isinstance(error, TokenRefused):
+            if enrolling and not error.clock:
+                raise error
+        elif error.code != "state_write_failed" or trio.current_time() >= self._expires:
+            raise error
+        self._failures += 1
+        delay = self._backoff.next(self._rand(), retry_after)
+        self._not_before = trio.current_time() + (delay if retry_after is not None else 0.0)
+        clock = error.clock if isinstance(error, TokenRefused) else error.code == "dpop_invalid"
+        self._health.set("clock_off" if clock else "identity_failing", shown.message, shown.hint)
+        what = "enrollment failed" if enrolling else "refresh failed"
+        log.warning(f"{what}: {shown.message}", extra={"code": shown.code, "retry_seconds": round(delay, 1)})
+        return delay
+
+    async def _fatal(self, error: RouterError) -> NoReturn:
+        if error.action is Action.REMOVED and (old := self._memory.enrollment) is not None:
+            raise refusals.removed(old.agent_id, str(await self.set_aside("removed"))) from error
+        raise refusals.explain(error) from error
+
+    async def _renew(self) -> None:
+        """One round: newest refresh token, the previous, the join key; each only when all before it were refused."""
+        old = self._memory.enrollment
+        if old is not None and self._refusal is None:
+            self._refusal = await self._refresh(old)
+        if old is None or self._refusal is not None:
+            await self._enroll()
+
+    async def _refresh(self, old: Enrollment) -> RouterError | None:
+        """None when a refresh token worked, else the router's refusal of the last one tried."""
+        exchange = Exchange(self._transport, self._clock, await self._memory.key())
+        refusal = None
+        for presented in old.presentable():
+            try:
+                fresh, found, router = await exchange.refresh(old, presented, self._override or old.routers)
+            except RouterError as error:
+                if error.action is not Action.ENROLL_AGAIN:
+                    raise
+                log.warning("refresh token refused", extra={"code": error.code, "newest": refusal is None})
+                refusal = error
+                continue
+            await self._memory.keep(fresh)
+            self._refreshes += 1
+            self._last_refresh = self._clock.now()
+            self._publish(fresh, found, router, found.exp - found.iat)
+            log.debug("token refreshed", extra={"router": router, "life_seconds": found.exp - found.iat})
+            return None
+        return refusal
+
+    async def _enroll(self) -> None:
+        if self._refusal is not None and (self._join_key is None or self._join_key_used):
+            raise refusals.credential_refused(self._refusal, join_key_used=self._join_key_used)
+        if (join_key := self._join_key) is None:
+            raise refusals.no_credential()
+        about = {"agent": self._agent_info, "hardware": self._hardware(), "max_concurrent": self._max_concurrent}
+        exchange = Exchange(self._transport, self._clock, await self._memory.key())
+        fresh, found, router = await exchange.enroll(join_key, self._override or join_key.routers, about)
+        await self._memory.keep(fresh)
+        self._refusal, self._join_key_used = None, True
+        self._enrollments += 1
+        self._publish(fresh, found, router, found.exp - found.iat)
+        extra = {"agent_id": fresh.agent_id, "router": router, "project": fresh.project, "region": fresh.region}
+        log.info(f"enrollment successful: {fresh.agent_id}", extra=extra)
+
+    async def _force(self) -> None:
+        """Has `run` refresh now, unless that was asked for less than 10 s ago; returns when the attempt is over."""
+        seen, now = self._tries.version, trio.current_time()
+        if not (self._busy or self._demand.is_set()):
+            if not self._running or now < max(self._forced_at + FORCED_INTERVAL, self._not_before):
+                await trio.lowlevel.checkpoint()
+                return
+            self._forced_at = now
+            self._demand.set()
+        await self._tries.wait_beyond(seen)
+
+    def _publish(self, enrollment: Enrollment, found: Claims, router: str, seconds: float) -> None:
+        self._bearer = Bearer(router, enrollment.token, enrollment.agent_id)
+        self._claims = found
+        self._expires = trio.current_time() + seconds
+        self._tokens.bump()

@@ -1,0 +1,181 @@
+"""`enrollment.json` on disk: private, replaced atomically, one agent at a time (wire-protocol §3.5)."""
+
+import errno
+import fcntl
+import os
+import shlex
+import stat
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import msgspec
+import trio
+
+from xim_agent.errors import AgentError, Exit
+from xim_agent.identity.claims import TokenRefused
+from xim_agent.identity.jose import JoseError
+from xim_agent.identity.rotation import FORMAT, State
+
+FILE = "enrollment.json"
+LOCK = "enrollment.lock"
+MAX_BYTES = 4 * 1024 * 1024
+
+
+class _Version(msgspec.Struct):
+    version: int
+
+
+class StateStore:
+    """The state directory, locked until `close`.
+
+    The lock is a flock, so it goes with the process, however that ends; who is given a copy of the descriptor `lock`
+    (or is forked later without exec) keeps the directory locked for as long.
+    """
+
+    def __init__(self, directory: Path, lock: int) -> None:
+        self.directory = directory
+        self.path = directory / FILE
+        self.lock = lock
+
+    @classmethod
+    def open(cls, directory: Path) -> Self:
+        """Makes the directory (0700) when it is missing, and locks it.
+
+        Raises AgentError `already_running` (exit 14, with the other's pid), or `state_mode`, `state_owner`,
+        `state_unreadable` (exit 77). Nothing in an existing directory is changed.
+        """
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _check(directory, directory.stat(), "700")
+            lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise _unreadable(directory, error) from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            pid = os.read(lock, 32).decode("ascii", "replace").strip() or "unknown"
+            os.close(lock)
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise _unreadable(directory, error) from None
+            raise AgentError(
+                "already_running",
+                f"another agent with pid {pid} uses {directory}",
+                hint="stop it, or give this one its own directory with XEROTIER_AGENT_CONFIG_PATH",
+                exit_code=Exit.ALREADY_RUNNING,
+            ) from None
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+        return cls(directory, lock)
+
+    def close(self) -> None:
+        if self.lock >= 0:
+            os.close(self.lock)
+            self.lock = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def load(self) -> State | None:
+        """None when there is no state yet. Raises AgentError, exit 77, with the cure as hint; changes nothing."""
+        try:
+            fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise _unreadable(self.path, error) from None
+        with open(fd, "rb") as file:
+            _check(self.path, os.fstat(fd), "600")
+            try:
+                data = file.read(MAX_BYTES + 1)
+            except OSError as error:
+                raise _unreadable(self.path, error) from None
+        return self._decode(data)
+
+    def _decode(self, data: bytes) -> State:
+        path = shlex.quote(str(self.path))
+        try:
+            version = msgspec.json.decode(data, type=_Version).version
+            if version == FORMAT:
+                state = msgspec.json.decode(data, type=State)
+                state.check()
+                return state
+            reason = f"its format {version} is not the one this agent knows ({FORMAT})"
+            hint = "run the version of the agent that wrote it"
+        except (msgspec.MsgspecError, UnicodeDecodeError, JoseError, TokenRefused) as error:
+            reason = f"it is damaged: {error}"
+            hint = f"restore it from a backup, or `mv {path} {path}.damaged` and start with a join key"
+        code = "state_version" if hint.startswith("run") else "state_corrupt"
+        raise AgentError(code, f"{self.path} cannot be used: {reason}", hint=hint, exit_code=Exit.STATE)
+
+    async def save(self, state: State) -> None:
+        """Durable when it returns. Raises AgentError `state_write_failed`, exit 77; the old state is whole then.
+
+        Cancellation waits for the write: afterwards the file holds either the old state or the new one.
+        """
+        await trio.to_thread.run_sync(self._save, msgspec.json.format(msgspec.json.encode(state)))
+
+    def _save(self, data: bytes) -> None:
+        temporary = self.directory / f"{FILE}.new"
+        try:
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            with open(fd, "wb") as file:
+                os.fchmod(fd, 0o600)
+                file.write(data)
+                file.flush()
+                os.fsync(fd)
+            temporary.replace(self.path)
+            self._sync_directory()
+        except OSError as error:
+            raise AgentError(
+                "state_write_failed",
+                f"cannot write {self.path}: {error.strerror}",
+                hint=f"free space, or make it writable: `chmod u+w {shlex.quote(str(self.directory))}`",
+                exit_code=Exit.STATE,
+            ) from None
+
+    async def set_aside(self, suffix: str) -> Path:
+        """Renames the state, for a credential that is of no use any more, and returns its new path."""
+        return await trio.to_thread.run_sync(self._set_aside, suffix)
+
+    def _set_aside(self, suffix: str) -> Path:
+        target = self.directory / f"{FILE}.{suffix}"
+        try:
+            self.path.replace(target)
+            self._sync_directory()
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise _unreadable(self.path, error) from None
+        return target
+
+    def _sync_directory(self) -> None:
+        fd = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def _check(path: Path, status: os.stat_result, mode: str) -> None:
+    """Refuses what others could read or have written: it holds the private key."""
+    quoted = shlex.quote(str(path))
+    if status.st_uid != os.geteuid():
+        message = f"{path} belongs to uid {status.st_uid}, this process runs as {os.geteuid()}"
+        hint = f"run as that user, or `chown -R {os.geteuid()} {quoted}`"
+        raise AgentError("state_owner", message, hint=hint, exit_code=Exit.STATE)
+    if stat.S_IMODE(status.st_mode) & 0o077:
+        message = f"{path} has mode {stat.S_IMODE(status.st_mode):o}: others could reach the private key"
+        raise AgentError("state_mode", message, hint=f"`chmod {mode} {quoted}`", exit_code=Exit.STATE)
+
+
+def _unreadable(path: Path, error: OSError) -> AgentError:
+    return AgentError(
+        "state_unreadable",
+        f"cannot use {path}: {error.strerror}",
+        hint=f"see `ls -ld {shlex.quote(str(path))}`; it must belong to the agent's user, mode 700",
+        exit_code=Exit.STATE,
+    )

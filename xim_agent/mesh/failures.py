@@ -1,0 +1,130 @@
+"""What went wrong with a call, as a `RouterError` whose message names the cause and where it was looked for."""
+
+import socket
+import ssl
+from collections.abc import Iterator, Mapping
+from email.utils import parsedate_to_datetime
+from typing import Any
+from urllib.request import getproxies, proxy_bypass
+
+import httpx
+import msgspec
+
+from xim_agent.outcome import Action, RouterError, classify
+
+PROTOCOL = 1
+
+
+def date_of(headers: Mapping[str, str]) -> float | None:
+    """The Date header in Unix seconds."""
+    try:
+        return parsedate_to_datetime(headers["date"]).timestamp()
+    except (KeyError, ValueError, TypeError):
+        return None
+
+
+def retry_after(headers: Mapping[str, str], now: float) -> float | None:
+    """Seconds from Retry-After, which may be a number or a date; the date is compared with the reply's own Date."""
+    text = headers.get("retry-after", "").strip()
+    if text.isdecimal():
+        return float(text[:9])
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - (date_of(headers) or now))
+    except (ValueError, TypeError):
+        return None
+
+
+def malformed(what: str, reason: str) -> RouterError:
+    """A reply came and makes no sense: retry class."""
+    return RouterError("reply_malformed", f"{what}: the reply cannot be read: {reason}")
+
+
+def from_reply(what: str, status: int, headers: Mapping[str, str], body: bytes, now: float) -> RouterError:
+    """`what`: method and URL; `headers` with lower-case names; `body` decoded."""
+    try:
+        problem = msgspec.json.decode(body, type=dict[str, Any])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        problem = {}
+    code = problem.get("code")
+    code = code if isinstance(code, str) and code else f"http_{status}"
+    detail = problem.get("detail") or problem.get("title")
+    message = f"{what}: {status} {code}" + (f": {detail:.500}" if isinstance(detail, str) else "")
+    hint = ""
+    if classify(status, code) is Action.PROTOCOL:
+        message += f"; the router speaks {problem.get('protocols')}, this agent [{PROTOCOL}]"
+        hint = "install the agent version that belongs to this router"
+    elif 300 <= status < 400:
+        message += f" (redirects are not followed here; location: {headers.get('location', '')[:200]})"
+    date = date_of(headers)
+    return RouterError(
+        code,
+        message,
+        status=status,
+        problem=problem,
+        retry_after=retry_after(headers, now),
+        date_skew=None if date is None else date - now,
+        hint=hint,
+    )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    todo = [error]
+    while todo:
+        one = todo.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        yield one
+        todo += [one.__context__, one.__cause__]
+        if isinstance(one, BaseExceptionGroup):
+            todo += one.exceptions
+
+
+def proxy_for(url: httpx.URL) -> str | None:
+    """`host:port` of the system's proxy for this URL, without its credentials."""
+    proxy = getproxies().get(url.scheme) or getproxies().get("all")
+    if not proxy or is_loopback(url.host) or proxy_bypass(url.host):
+        return None
+    try:
+        parsed = httpx.URL(proxy if "://" in proxy else f"http://{proxy}")
+    except httpx.InvalidURL:
+        return "an unreadable address"
+    return f"{parsed.host}:{parsed.port}" if parsed.port else parsed.host
+
+
+def is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or (host.startswith("127.") and host.replace(".", "").isdecimal())
+
+
+def from_transport(what: str, url: httpx.URL, error: httpx.TransportError) -> RouterError:
+    """No reply came: DNS, refused, time limit, TLS or proxy, in the first words of the message."""
+    causes = list(_chain(error))
+    place = f"{url.host}:{url.port or (443 if url.scheme == 'https' else 80)}"
+    proxy = proxy_for(url)
+    tls = next((c for c in causes if isinstance(c, ssl.SSLError)), None)
+    if isinstance(error, httpx.ProxyError):
+        code, text = "proxy_failed", f"proxy {proxy or 'of the system'} refused: {error}"
+    elif any(isinstance(c, socket.gaierror) for c in causes):
+        code, text = "dns_failed", f"the name {proxy or url.host} cannot be resolved"
+    elif isinstance(tls, ssl.SSLCertVerificationError):
+        code, text = "tls_failed", f"the TLS certificate of {place} is not trusted: {tls.verify_message}"
+    elif tls is not None:
+        code, text = "tls_failed", f"TLS with {place} failed: {tls.reason or tls}"
+    elif isinstance(error, httpx.ConnectTimeout):
+        code, text = "connect_timeout", f"no connection to {proxy or place} within its time limit"
+    elif any(isinstance(c, ConnectionRefusedError) for c in causes):
+        code, text = "connection_refused", f"{proxy or place} refused the connection"
+    elif isinstance(error, httpx.ConnectError):
+        code, text = "connect_failed", f"no connection to {proxy or place}: {error}"
+    elif isinstance(error, httpx.TimeoutException):
+        code, text = "silence", f"{place} was silent for too long"
+    else:
+        code, text = "connection_lost", f"the connection to {place} was lost: {str(error) or type(error).__name__}"
+    via = f" (through proxy {proxy})" if proxy and code != "proxy_failed" else ""
+    hint = {
+        "tls_failed": "set SSL_CERT_FILE to the CA of the router, or check for a proxy that opens TLS",
+        "dns_failed": "check the router's address and the resolver of this host",
+        "proxy_failed": "check HTTPS_PROXY and NO_PROXY",
+    }.get(code, "")
+    return RouterError(code, f"{text}{via} ({what})", hint=hint)

@@ -1,0 +1,198 @@
+"""One HTTP call to the router: limits, time limits by silence, and every failure as a `RouterError`."""
+
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Self
+
+import httpx
+import trio
+
+from xim_agent import __version__
+from xim_agent.clock import Clock
+from xim_agent.errors import AgentError, Exit
+from xim_agent.mesh import failures
+from xim_agent.mesh.content import ContentError, unpack
+from xim_agent.outcome import RouterError
+
+CONNECT_SECONDS = 10.0
+SILENCE_SECONDS = 10.0
+MAX_PROBLEM = 64 * 1024
+# hypercorn and nginx close idle connections after 75 s; ours go first, so that a call seldom meets a closing one.
+KEEPALIVE_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class ClientStatistics:
+    """`failures` by code; bytes of bodies as they travel; `skew` in seconds, the router's clock minus ours."""
+
+    calls: int
+    failures: dict[str, int]
+    bytes_sent: int
+    bytes_received: int
+    skew: float | None
+
+
+@dataclass(frozen=True)
+class Reply:
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class Transport:
+    """An httpx client with the rules of wire-protocol §1. Cancelling a call closes its connection."""
+
+    def __init__(self, *, insecure: bool, clock: Clock, on_skew: Callable[[float], None]) -> None:
+        self.bytes_sent = 0
+        self.bytes_received = 0
+        self._insecure = insecure
+        self._clock = clock
+        self._on_skew = on_skew
+        self._calls = 0
+        self._failures: dict[str, int] = {}
+        self._skew: float | None = None
+        # How many calls run at once is bounded by the callers: one poll, two of events, the downloads.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=8, keepalive_expiry=KEEPALIVE_SECONDS)
+        # A system proxy is for other hosts; loopback never needs one.
+        direct = {f"all://{host}": None for host in ("localhost", "127.0.0.1", "[::1]")}
+        self._http = httpx.AsyncClient(verify=not insecure, limits=limits, mounts=direct)
+
+    async def aclose(self) -> None:
+        """Closes the idle connections; call it when no call runs any more."""
+        with trio.move_on_after(1, shield=True):
+            await self._http.aclose()
+
+    def url(self, router: str, path: str) -> httpx.URL:
+        """Raises AgentError `insecure_router` (exit 78) for plain http to another host."""
+        try:
+            url = httpx.URL(router.rstrip("/") + path)
+        except httpx.InvalidURL as error:
+            raise AgentError("router_url", f"router URL {router!r}: {error}", exit_code=Exit.CONFIG) from None
+        if url.scheme not in ("http", "https") or not url.host:
+            raise AgentError("router_url", f"router URL {router!r} is not http(s)", exit_code=Exit.CONFIG)
+        if url.scheme == "http" and not self._insecure and not failures.is_loopback(url.host):
+            raise AgentError(
+                "insecure_router",
+                f"refusing plain http to {url.host}: credentials and prompts would be readable on the way",
+                hint="use https, or --insecure on a network you trust",
+                exit_code=Exit.CONFIG,
+            )
+        return url
+
+    async def call(
+        self,
+        method: str,
+        url: httpx.URL,
+        headers: Mapping[str, str],
+        *,
+        body: bytes | None = None,
+        limit: int,
+        silence: float = SILENCE_SECONDS,
+    ) -> Reply:
+        """`limit`: bytes of the decoded reply; `silence`: seconds without a byte. A status other than 2xx raises."""
+        own = {"xim-protocol": str(failures.PROTOCOL), "accept-encoding": "zstd"}
+        async with self.open(method, url, {**own, **headers}, body, silence) as opened:
+            if not opened.response.is_success:
+                raise await self.refusal(opened)
+            return Reply(opened.response.status_code, opened.response.headers, await self._read(opened, limit))
+
+    @asynccontextmanager
+    async def open(
+        self, method: str, url: httpx.URL, headers: Mapping[str, str], body: bytes | None, silence: float
+    ) -> AsyncIterator["Opened"]:
+        """The reply's head with its body unread; leaving the block closes the connection unless all was read."""
+        limits = {"connect": CONNECT_SECONDS, "read": silence, "write": silence, "pool": CONNECT_SECONDS}
+        agent = {"user-agent": f"xerotier-xim-agent/{__version__}"}
+        # Built by hand, so that no cookie of an earlier reply is sent.
+        request = httpx.Request(method, url, headers={**agent, **headers}, content=body, extensions={"timeout": limits})
+        self._calls += 1
+        self.bytes_sent += len(body or b"")
+        try:
+            response = await self._http.send(request, stream=True)
+            async with aclosing(Opened(self, response)) as opened:
+                yield opened
+        except httpx.TransportError as error:
+            raise self.lost(method, url, error) from error
+
+    def lost(self, method: str, url: httpx.URL, error: httpx.TransportError) -> RouterError:
+        return self.count(failures.from_transport(_what(method, url), url, error))
+
+    async def refusal(self, opened: "Opened") -> RouterError:
+        """The error of a reply that is not a success; counted."""
+        response, request = opened.response, opened.response.request
+        what = _what(request.method, request.url)
+        try:
+            body = await self._read(opened, MAX_PROBLEM)
+        except RouterError:
+            body = b""
+        return self.count(failures.from_reply(what, response.status_code, response.headers, body, self._clock.now()))
+
+    def count(self, error: RouterError) -> RouterError:
+        self._failures[error.code] = self._failures.get(error.code, 0) + 1
+        return error
+
+    def malformed(self, method: str, url: httpx.URL, reason: str) -> RouterError:
+        """A reply that makes no sense: counted, retry class."""
+        return self.count(failures.malformed(_what(method, url), reason))
+
+    def statistics(self) -> ClientStatistics:
+        return ClientStatistics(
+            calls=self._calls,
+            failures=dict(self._failures),
+            bytes_sent=self.bytes_sent,
+            bytes_received=self.bytes_received,
+            skew=self._skew,
+        )
+
+    def _note_date(self, response: httpx.Response) -> None:
+        date = failures.date_of(response.headers)
+        if date is not None:
+            self._skew = date - self._clock.now()
+            self._on_skew(self._skew)
+
+    async def _read(self, opened: "Opened", limit: int) -> bytes:
+        response = opened.response
+        self._note_date(response)
+        raw = bytearray()
+        async for chunk in opened:
+            raw += chunk
+            if len(raw) > limit:
+                raise self.malformed(response.request.method, response.request.url, f"more than {limit} bytes")
+        try:
+            return unpack(bytes(raw), response.headers.get("content-encoding", ""), limit)
+        except ContentError as error:
+            raise self.malformed(response.request.method, response.request.url, str(error)) from None
+
+
+class Opened:
+    """A reply whose body is read by iterating: bytes as they travel. Raises RouterError when the connection breaks."""
+
+    def __init__(self, transport: Transport, response: httpx.Response) -> None:
+        self.response = response
+        self._transport = transport
+        self._raw = response.aiter_raw()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        try:
+            chunk = await anext(self._raw)
+        except httpx.TransportError as error:
+            raise self._transport.lost(self.response.request.method, self.response.request.url, error) from error
+        self._transport.bytes_received += len(chunk)
+        return chunk
+
+    async def aclose(self) -> None:
+        with trio.move_on_after(1, shield=True):
+            await self.response.aclose()
+            # httpx iterates by generators inside generators, and only the end of all of them closes all of them.
+            with suppress(httpx.TransportError, httpx.StreamError):
+                async for _ in self._raw:
+                    pass
+
+
+def _what(method: str, url: httpx.URL) -> str:
+    """For messages: without query, which may hold a signature, and without user and password."""
+    return f"{method} {url.copy_with(query=None, fragment=None, userinfo=b'')}"

@@ -1,0 +1,89 @@
+"""Every series of the agent's own: name, help, and where its value stands in a part's statistics.
+
+vLLM's series are passed through under vLLM's names beside these. `python_*` and `process_*` come from vLLM too, so the
+agent exports none of that name.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A counter when `name` ends in `_total`, else a gauge.
+
+    `attr` is a dotted path into what part `part` reports, empty for the report itself; a None there means no sample.
+    With one label the value there is a mapping from that label's value to a number. `info` rows are 1, with the
+    attributes named in `labels` as labels.
+    """
+
+    name: str
+    help: str
+    part: str
+    attr: str
+    labels: tuple[str, ...] = ()
+    info: bool = False
+
+    @property
+    def is_counter(self) -> bool:
+        return self.name.endswith("_total")
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric("xim_agent_info", "The running agent", "agent", "", ("version", "protocol"), info=True),
+    Metric("xim_agent_start_time_seconds", "Start of the process, Unix seconds", "agent", "started"),
+    Metric("xim_agent_condition", "1 for every health condition that holds", "health", "", ("code",)),
+    # identity
+    Metric("xim_agent_enrolled", "1 while there is a credential", "identity", "enrolled"),
+    Metric("xim_agent_token_expiry_seconds", "End of the token, Unix seconds", "identity", "token_expires"),
+    Metric("xim_agent_token_refreshes_total", "Tokens renewed", "identity", "refreshes"),
+    Metric("xim_agent_identity_failures_total", "Enrollments and refreshes that failed", "identity", "failures"),
+    # link to the router
+    Metric("xim_agent_link_up", "1 while polls are answered", "work", "link_up"),
+    Metric("xim_agent_polls_total", "Polls answered", "work", "polls"),
+    Metric("xim_agent_polls_failed_total", "Polls that failed", "work", "failed_polls"),
+    Metric("xim_agent_last_poll_seconds", "Last answered poll, Unix seconds", "work", "last_poll"),
+    Metric("xim_agent_draining", "1 after a stop or a drain was asked for", "work", "draining"),
+    Metric("xim_agent_router_calls_total", "Calls to the router", "mesh", "calls"),
+    Metric("xim_agent_router_failures_total", "Calls to the router that failed", "mesh", "failures", ("code",)),
+    Metric("xim_agent_router_sent_bytes_total", "Bodies sent to the router", "mesh", "bytes_sent"),
+    Metric("xim_agent_router_received_bytes_total", "Bodies of the router's replies", "mesh", "bytes_received"),
+    Metric("xim_agent_router_clock_skew_seconds", "The router's clock minus ours", "mesh", "skew"),
+    # leases
+    Metric("xim_agent_leases_accepted_total", "Leases taken", "work", "sender.accepted"),
+    Metric("xim_agent_leases_refused_total", "Leases refused at once", "work", "sender.refused"),
+    Metric("xim_agent_leases_ended_total", "Leases over, by ending or error", "work", "sender.ended", ("reason",)),
+    Metric("xim_agent_leases_running", "Requests running now", "work", "sender.running"),
+    Metric("xim_agent_leases_held", "Leases whose ending is not acknowledged", "work", "sender.held"),
+    Metric(
+        "xim_agent_oldest_lease_seconds",
+        "Age of the oldest running request",
+        "work",
+        "sender.oldest_running_seconds",
+    ),
+    # results
+    Metric("xim_agent_frames_total", "Result frames made", "work", "sender.outbox.frames"),
+    Metric("xim_agent_frames_resent_total", "Result frames sent again", "work", "sender.outbox.resent_frames"),
+    Metric("xim_agent_result_bytes_total", "Bytes of answers", "work", "sender.outbox.data_bytes"),
+    Metric(
+        "xim_agent_unacknowledged_bytes",
+        "Answers the router has not acknowledged",
+        "work",
+        "sender.outbox.unacknowledged_bytes",
+    ),
+    # cache
+    Metric("xim_agent_cache_bytes", "Disk space used by the model cache", "cache", "bytes_used"),
+    Metric("xim_agent_cache_bound_bytes", "Most the model cache may use", "cache", "bound"),
+    Metric("xim_agent_cache_network_bytes_total", "Bytes of models fetched", "cache", "network_bytes"),
+    Metric("xim_agent_cache_hit_bytes_total", "Bytes of models that need not be fetched", "cache", "hit_bytes"),
+    Metric("xim_agent_cache_retries_total", "Transfers tried again", "cache", "retries"),
+    Metric("xim_agent_cache_wrong_blobs_total", "Blobs thrown away as damaged", "cache", "wrong_blobs"),
+    Metric("xim_agent_cache_evictions_total", "Evictions, by kind", "cache", "evictions", ("kind",)),
+    # engine and what it serves
+    Metric("xim_agent_engine_degraded", "1 after too many failures in a row", "engine", "degraded"),
+    Metric("xim_agent_engine_ceiling", "Most requests the engine takes at once", "engine", "ceiling"),
+    Metric("xim_agent_engine_requests", "Requests open at the engine", "engine", "active"),
+    Metric("xim_agent_engine_starts_total", "Starts of the engine", "engine", "starts"),
+    Metric("xim_agent_engine_failures_total", "Starts that failed and crashes", "engine", "failures"),
+    Metric("xim_agent_engine_ready_seconds", "Duration of the last start", "engine", "seconds_to_ready"),
+    Metric("xim_agent_generation", "Generation of the running assignment, 0: none", "assignment", "generation"),
+)

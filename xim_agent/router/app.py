@@ -1,0 +1,202 @@
+"""The local router as an ASGI application, and the server around it."""
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Generic, TypeVar
+
+import trio
+from starlette.requests import Request
+from starlette.routing import Route
+from starlette.routing import Router as Routes
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from xim_agent.clock import Clock, SystemClock
+from xim_agent.errors import AgentError, Exit
+from xim_agent.mesh.content import ContentError, unpack
+from xim_agent.mesh.messages import MAX_BODY, MAX_EVENTS, SERVED_PATHS
+from xim_agent.router import blobs
+from xim_agent.router.agents import MAX_IDENTITY, AgentApi
+from xim_agent.router.dashboard.page import Dashboard
+from xim_agent.router.dispatch import Dispatch
+from xim_agent.router.incoming import Gone, Incoming, Replay, TooLarge
+from xim_agent.router.jobs import Limits
+from xim_agent.router.openai import ClientApi
+from xim_agent.router.replies import ApiError, error_response, not_found, with_protocol
+from xim_agent.router.server import Server, bound_url, open_tls, parse_listen
+from xim_agent.router.store import Store
+from xim_agent.router.tokens import Problem
+
+TICK_SECONDS = 0.25
+SEEN_SECONDS = 15.0
+Who = TypeVar("Who")
+
+
+@dataclass(frozen=True, eq=False)
+class Endpoint(Generic[Who]):
+    """One path. `admit` judges the headers before the body is read; `limit`: bytes of the body, decoded.
+
+    `admit` and `handle` raise Problem or ApiError for an error reply. The handler, and the reply it returns, are
+    cancelled when the caller closes the connection. Nothing between them and the connection buffers.
+    """
+
+    methods: frozenset[str]
+    limit: int
+    admit: Callable[[Request], Who]
+    handle: Callable[[Request, Who], Awaitable[ASGIApp]]
+    agents: bool = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        send = with_protocol(send) if self.agents else send
+        incoming = Incoming(receive)
+        try:
+            try:
+                who, body = await self._enter(Request(scope, receive), incoming)
+            except (Problem, ApiError) as error:
+                await incoming.discard()
+                await error_response(error)(scope, receive, send)
+                return
+        except Gone:
+            return
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_cancel_when_left, incoming, nursery.cancel_scope)
+            reply: ASGIApp
+            try:
+                reply = await self.handle(Request(scope, Replay(body)), who)
+            except (Problem, ApiError) as error:
+                reply = error_response(error)
+            await reply(scope, Replay(b""), send)
+            nursery.cancel_scope.cancel()
+
+    async def _enter(self, request: Request, incoming: Incoming) -> tuple[Who, bytes]:
+        if request.method not in self.methods:
+            raise self._error(405, "method_not_allowed", f"{request.method} is not allowed here")
+        who = self.admit(request)
+        try:
+            body = await incoming.read(self.limit)
+            return who, unpack(body, request.headers.get("content-encoding", ""), self.limit)
+        except TooLarge:
+            raise self._error(413, "request_too_large", f"the body is larger than {self.limit} bytes") from None
+        except ContentError as error:
+            raise self._error(400, "invalid_request", f"the body: {error}") from None
+
+    def _error(self, status: int, code: str, detail: str) -> Problem | ApiError:
+        return Problem(status, code, detail) if self.agents else ApiError(status, code, detail)
+
+
+async def _cancel_when_left(incoming: Incoming, scope: trio.CancelScope) -> None:
+    await incoming.left()
+    scope.cancel()
+
+
+class Router:
+    """The application and the state behind it. `serve` runs it."""
+
+    def __init__(self, store: Store, limits: Limits, clock: Clock) -> None:
+        self.store = store
+        self.dispatch = Dispatch(limits)
+        self.agents = AgentApi(store, self.dispatch, clock)
+        self.clients = ClientApi(store, self.dispatch)
+        self.dashboard = Dashboard(store, self.dispatch, clock)
+        self.state = SimpleNamespace(data_dir=store.directory)  # where `blobs` looks, as `request.app.state`
+        self._routes = Routes(
+            [*self._agent_routes(), *self._client_routes()], redirect_slashes=False, default=not_found
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["app"] = self
+        await self._routes(scope, receive, send)
+
+    def _agent_routes(self) -> list[Route]:
+        api = self.agents
+
+        def route(path: str, method: str, limit: int, handle: Any, admit: Any = api.agent) -> Route:
+            return Route(path, Endpoint(frozenset({method}), limit, admit, handle, agents=True))
+
+        async def manifest(request: Request, _: Any) -> ASGIApp:
+            return await blobs.manifest_endpoint(request)
+
+        async def blob(request: Request, _: Any) -> ASGIApp:
+            return await blobs.blob_endpoint(request)
+
+        return [
+            route("/v1/enroll", "POST", MAX_IDENTITY, api.enroll, api.anyone),
+            route("/v1/enroll/refresh", "POST", MAX_IDENTITY, api.refresh, api.anyone),
+            route("/v1/agents/self/leave", "POST", MAX_IDENTITY, api.leave),
+            route("/v1/assignment", "GET", 0, api.assignment),
+            route("/v1/models/manifests/{sha256}", "GET", 0, manifest),
+            route("/v1/models/blobs/{sha256}", "GET", 0, blob),
+            route("/v1/work/poll", "POST", MAX_EVENTS, api.poll),
+            route("/v1/work/events", "POST", MAX_EVENTS, api.events),
+            route("/v1/work/leases/{request}/body", "GET", 0, api.lease_body),
+        ]
+
+    def _client_routes(self) -> list[Route]:
+        api, page = self.clients, self.dashboard
+        get, post = frozenset({"GET", "HEAD"}), frozenset({"POST"})
+        return [
+            *(Route(path, Endpoint(post, MAX_BODY, api.client, api.complete)) for path in sorted(SERVED_PATHS)),
+            Route("/v1/models", Endpoint(get, 0, api.client, api.models)),
+            Route("/v1/models/{name:path}", Endpoint(get, 0, api.client, api.model)),
+            *(Route(path, Endpoint(get, 0, page.viewer, handle)) for path, handle in page.paths.items()),
+        ]
+
+    async def tend(self) -> None:
+        """Until cancelled: time that passes, and what other processes write into the database."""
+        self.dispatch.start(trio.current_time())
+        version, saved = self.store.data_version(), trio.current_time()
+        try:
+            while True:
+                await trio.sleep(TICK_SECONDS)
+                now = trio.current_time()
+                self.dispatch.tick(now)
+                if (found := self.store.data_version()) != version:
+                    version = found
+                    self.agents.reload()
+                if now - saved >= SEEN_SECONDS:
+                    saved = now
+                    self.agents.save_seen()
+        finally:
+            self.agents.save_seen()
+
+
+def make_app(store: Store, limits: Limits | None = None, clock: Clock | None = None) -> Router:
+    """The store must stay open for as long as the application runs."""
+    return Router(store, limits or Limits(), clock or SystemClock())
+
+
+async def serve(
+    app: Router,
+    listen: str,
+    *,
+    public_urls: Sequence[str] = (),
+    tls_cert: Path | None = None,
+    tls_key: Path | None = None,
+    task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serves until cancelled; then every connection is closed at once and nothing is left of it.
+
+    `listen` is HOST:PORT, port 0 for any. Reports the bound URLs. Raises AgentError `listen_failed`, `tls_certificate`.
+    """
+    host, port = parse_listen(listen)
+    context = open_tls(tls_cert, tls_key) if tls_cert else None
+    try:
+        sockets = await trio.open_tcp_listeners(port, host=host)
+    except OSError as error:
+        hint = "another router may be running: choose another --listen address"
+        raise AgentError(
+            "listen_failed", f"cannot listen on {listen}: {error}", hint=hint, exit_code=Exit.CONFIG
+        ) from error
+    bound = [bound_url(listener.socket.getsockname(), "https" if context else "http") for listener in sockets]
+    app.store.serve_at(public_urls, bound[0])
+    app.agents.reload()  # the first start decides the issuer
+    listeners: list[Any] = (
+        [trio.SSLListener(s, context, https_compatible=True) for s in sockets] if context else sockets
+    )
+    server = Server(app)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(server.close_at_end)
+        nursery.start_soon(app.tend)
+        await nursery.start(trio.serve_listeners, server.connection, listeners)
+        task_status.started(bound)

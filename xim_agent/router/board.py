@@ -1,0 +1,130 @@
+"""Who works on what: the jobs, the agents, and every move of a job between a queue and an agent."""
+
+import math
+from collections import Counter
+
+from xim_agent.router.fleet import Agent, Poll
+from xim_agent.router.jobs import Grant, Job, Limits, Outcome, failure
+from xim_agent.router.queues import Key, Queues
+
+ELSEWHERE = 5.0  # seconds a job that failed on one agent waits for another one
+SOON = 1.0  # an agent heard so recently is about to poll again
+
+
+class Board:
+    """Shared by the dispatcher and by what settles leases. `now` is monotonic seconds."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.started = float("-inf")
+        self.agents: dict[str, Agent] = {}
+        self.queues = Queues()
+        self.counts: Counter[str] = Counter()
+
+    def hope(self, key: Key, expected: bool, now: float) -> bool:
+        """Whether an agent may serve it, now or soon."""
+        if expected and now - self.started < self.limits.grace:
+            return True
+        return any(a.may_serve(key, now, self.limits) for a in self.agents.values())
+
+    def give_up(self, job: Job, now: float) -> None:
+        """Takes a job out of its queue with the reason why nobody took it."""
+        self.queues.remove(job)
+        if now >= job.deadline:
+            outcome = failure("deadline", "the request took longer than its deadline")
+        elif any(a.key == job.key and a.may_serve(job.key, now, self.limits) for a in self.agents.values()):
+            outcome = failure("capacity_exceeded", f"no slot came free within {self.limits.queue_wait:g} s")
+        else:
+            outcome = failure("endpoint_inactive", f"no agent that serves {job.model!r} is ready")
+        self.finish(job, outcome.code, outcome)
+
+    def finish(self, job: Job, count: str, outcome: Outcome) -> None:
+        if job.outcome is None:
+            self.counts[count] += 1
+            job.finish(outcome)
+
+    def share(self, agent: Agent, now: float) -> int:
+        """How many of the waiting jobs it may take: those who will poll in a moment get theirs, too."""
+        waiting = self.queues.length(agent.key) if agent.key else 0
+        if not waiting:
+            return agent.room
+        rooms = sum(a.room for a in self.agents.values() if a.key == agent.key and a.silent(now) < SOON)
+        return min(agent.room, math.ceil(waiting * agent.room / max(1, rooms)))
+
+    def place(self, key: Key, now: float) -> None:
+        """Leases waiting jobs to the least loaded of the agents whose held polls have room."""
+        if not self.queues.length(key):
+            return
+        able = [a for a in self.agents.values() if a.poll is not None and a.poll.room > 0 and a.key == key]
+        for job in self.queues.jobs(key) if able else ():
+            agent = self._choose(job, able, now)
+            if agent is None or agent.poll is None:
+                continue
+            self._grant(agent, agent.poll, job, now)
+            able = [a for a in able if a.poll is not None and a.poll.room > 0]
+            if not able:
+                return
+
+    def _choose(self, job: Job, able: list[Agent], now: float) -> Agent | None:
+        fresh = [a for a in able if a.id not in job.tried] if job.tried else able
+        if not fresh and now - job.queued_since < ELSEWHERE:
+            others = (a for a in self.agents.values() if a.id not in job.tried)
+            if any(a.may_serve(job.key, now, self.limits) for a in others):
+                return None
+        return min(fresh or able, key=lambda a: a.busy)
+
+    def _grant(self, agent: Agent, poll: Poll, job: Job, now: float) -> None:
+        self.queues.remove(job)
+        grant = Grant(agent.next_lease, agent.id, job, poll.n, now + self.limits.ttl, self.limits.window)
+        agent.next_lease += 1
+        agent.grants[grant.id] = job.grant = grant
+        job.tried.add(agent.id)
+        self.put_in(poll, grant)
+        self.counts["leases"] += 1
+        poll.wake()
+
+    def put_in(self, poll: Poll, grant: Grant) -> None:
+        poll.grants.append(grant)
+        poll.room -= 1
+        poll.agent.room -= 1
+
+    def take_back(self, agent: Agent, grant: Grant, now: float) -> None:
+        """A lease that was never received: its job is first in the queue again, as if nothing had been."""
+        agent.grants.pop(grant.id, None)
+        if grant.job.live and not grant.cancel:
+            grant.job.tried.discard(agent.id)
+            grant.job.start_over()
+            self.queues.push_first(grant.job, now)
+
+    def retry(self, job: Job, outcome: Outcome, now: float) -> None:
+        """Another agent, or the same one again, unless the client has seen something or it was tried often enough."""
+        if job.committed or job.retries >= self.limits.retries:
+            self.finish(job, outcome.code, outcome)
+            return
+        job.retries += 1
+        self.counts["retries"] += 1
+        job.start_over()
+        self.queues.push_first(job, now)
+        self.place(job.key, now)
+
+    def cancel(self, grant: Grant, now: float) -> None:
+        """Asks the agent to stop; a lease that it was not even offered is gone at once."""
+        grant.cancel = True
+        agent = self.agents.get(grant.agent)
+        if agent is None or agent.grants.get(grant.id) is not grant:
+            return
+        if agent.poll is None or grant not in agent.poll.grants:
+            self.wake(agent.id)
+            return
+        agent.poll.grants.remove(grant)
+        agent.poll.room += 1
+        agent.room += 1
+        agent.grants.pop(grant.id)
+        if agent.key is not None:
+            self.place(agent.key, now)
+
+    def wake(self, agent_id: str) -> None:
+        """Has a held poll looked at again."""
+        agent = self.agents.get(agent_id)
+        if agent is not None and agent.poll is not None:
+            agent.poll.wake()

@@ -1,0 +1,83 @@
+"""What the dashboard shows, as plain data: the rows of the database joined with what the dispatcher knows."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from xim_agent.router.catalog import Assigned, Published
+from xim_agent.router.fleet import Agent
+from xim_agent.router.jobs import Limits
+
+KEEP_TEXT = 300
+
+
+def agent_view(
+    row: Mapping[str, Any], agent: Agent | None, assigned: Assigned | None, *, now: float, wall: float, limits: Limits
+) -> dict[str, Any]:
+    """One agent. `row`: of table agents; `agent`: None while it has not polled since the router started."""
+    hardware, info = _object(row["hardware"]), _object(row["info"])
+    devices = [d.get("name") for d in hardware.get("devices") or [] if isinstance(d, dict)]
+    cpu = hardware.get("cpu")
+    model = cpu.get("model") if isinstance(cpu, dict) else None
+    seen = wall - agent.silent(now) if agent else row["last_seen"]
+    load = agent.load if agent else None
+    return {
+        "id": row["agent_id"],
+        "name": _text(row["name"]),
+        "project": row["project"],
+        "region": row["region"],
+        "version": _text(info.get("version")),
+        "tier": _text(hardware.get("tier")),
+        "accelerator": _text(", ".join(map(str, devices)) or model or hardware.get("accelerator")),
+        "status": _status(row, agent, now, wall, limits),
+        "phase": agent.phase if agent else None,
+        "model": (agent and agent.serves) or (assigned.model.name if assigned else None),
+        "assigned": f"{assigned.model.name}@{assigned.model.revision}" if assigned else None,
+        "progress": _progress(agent),
+        "running": len(agent.grants) if agent else 0,
+        "waiting": load.waiting if load else None,
+        "tokens_per_s": load.tokens_per_s if load else None,
+        "kv_usage": load.kv_usage if load else None,
+        "ceiling": agent.ceiling if agent else row["max_concurrent"],
+        "last_seen": seen,
+        "health": [
+            {"code": _text(c.code), "text": _text(c.text), "since": c.since} for c in (agent.health if agent else ())
+        ],
+    }
+
+
+def model_view(model: Published, serving: int) -> dict[str, Any]:
+    """One published revision; `serving`: how many agents answer for it now."""
+    return {
+        "name": model.name,
+        "revision": model.revision,
+        "task": model.task,
+        "size_bytes": model.size_bytes,
+        "stored_bytes": model.stored_bytes,
+        "serving": serving,
+    }
+
+
+def _status(row: Mapping[str, Any], agent: Agent | None, now: float, wall: float, limits: Limits) -> str:
+    if row["state"] != "enrolled":
+        return str(row["state"])
+    if agent is not None:
+        return agent.status(now, limits)
+    if row["last_seen"] is None:
+        return "pending"
+    return "dead" if wall - row["last_seen"] >= limits.dead else "disconnected"
+
+
+def _progress(agent: Agent | None) -> dict[str, Any] | None:
+    if agent is None or (p := agent.progress) is None:
+        return None
+    return {"stage": p.stage, "done": p.done, "total": p.total, "rate": p.rate, "text": _text(p.text)}
+
+
+def _object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    return value if isinstance(value, dict) else {}
+
+
+def _text(value: Any) -> str | None:
+    return str(value)[:KEEP_TEXT] if value is not None else None

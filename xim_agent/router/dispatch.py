@@ -1,0 +1,282 @@
+"""The dispatcher: clients' jobs on one side, agents' polls and events on the other (wire-protocol §5, §7).
+
+Every method is one synchronous step with the time given; waiting is done outside, woken by `Job.wake` and `Poll.wake`.
+
+    job:    queued --poll answered--> leased --ending--> done
+               ^                        |
+               +--- lost, or an error before any data reached the client (at most twice) ---+
+    lease:  put into a held poll -> offered in its reply -> confirmed by `held` or a frame -> ended | lapsed | unknown
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from xim_agent.mesh.messages import MAX_INLINE_BODY, MAX_WAIT_MS, EventsReply, Lease, PollReply, PollRequest
+from xim_agent.router import settle
+from xim_agent.router.board import Board
+from xim_agent.router.fleet import Agent, Duty, Poll
+from xim_agent.router.jobs import Job, Limits, Refused, failure
+from xim_agent.router.settle import Frame
+
+
+class CloneDetected(Exception):
+    """Two processes use one identity. `address` and `start` (Unix seconds of its first poll) are the other's."""
+
+    def __init__(self, address: str, start: float) -> None:
+        super().__init__(f"this identity is also used from {address}")
+        self.address = address
+        self.start = start
+
+
+class AgentSuspended(Exception):
+    """The agent gets no work; the leases it listed are renewed."""
+
+
+@dataclass(frozen=True)
+class DispatchStatistics:
+    queued: int
+    running: int
+    agents: int
+    counts: dict[str, int]
+
+
+class Dispatch:
+    """`now` is monotonic seconds everywhere, `wall` Unix seconds."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.board = Board(limits)
+
+    def start(self, now: float) -> None:
+        """From now on agents have some seconds to come back before a request for them is refused."""
+        self.board.started = now
+
+    @property
+    def agents(self) -> dict[str, Agent]:
+        return self.board.agents
+
+    # -- clients --
+
+    def submit(self, job: Job, now: float) -> None:
+        """Queues a job and leases it if an agent waits. Raises Refused."""
+        if not self.board.hope(job.key, job.expected, now):
+            raise Refused(failure("endpoint_inactive", f"no agent of this project serves {job.model!r} now"))
+        if self.board.queues.length(job.key) >= self.limits.queue_length:
+            raise Refused(failure("capacity_exceeded", "too many requests are waiting"))
+        job.deadline = now + self.limits.request_time
+        self.board.counts["submitted"] += 1
+        self.board.queues.push(job, now)
+        self.board.place(job.key, now)
+
+    def take(self, job: Job) -> bytes:
+        """What arrived of the answer since the last call. From here on the job is answered by this agent or by none."""
+        data = job.chunks.popleft() if len(job.chunks) == 1 else b"".join(job.chunks)
+        job.chunks.clear()
+        job.committed = job.committed or bool(data)
+        return data
+
+    def consumed(self, job: Job, count: int, now: float) -> None:
+        """`count` bytes were accepted by the client's connection: credit for the agent."""
+        if (grant := job.grant) is not None:
+            grant.taken += count
+            if grant.credit_due(now, self.limits.repeat):
+                self.board.wake(grant.agent)
+
+    def release(self, job: Job, now: float) -> None:
+        """The client is gone or has its answer; what still runs for it is cancelled. Again does nothing."""
+        if job.gone:
+            return
+        job.gone = True
+        if job.outcome is None:
+            self.board.counts["cancelled"] += 1
+        self.board.queues.remove(job)
+        if job.grant is not None:
+            self.board.cancel(job.grant, now)
+
+    # -- agents --
+
+    def poll(
+        self,
+        agent_id: str,
+        duty: Duty,
+        request: PollRequest,
+        *,
+        serves: str | None,
+        address: str,
+        wake: Callable[[], None],
+        now: float,
+        wall: float,
+    ) -> Poll:
+        """Takes in a poll; `answer` or `abandon` must follow. Raises CloneDetected, AgentSuspended."""
+        agent = self.agents.setdefault(agent_id, Agent(agent_id, duty))
+        agent.duty = duty
+        changed, clone = agent.boots.enter(request.boot, address, now, wall)
+        if changed:
+            self._end_boot(agent, now)
+            agent.begin_boot(request.n, wall)
+        if clone is not None:
+            raise CloneDetected(clone.address, clone.start)
+        if request.n <= agent.n:  # late or repeated: whoever sent it waits for a newer one
+            return Poll(agent, request.n, now, 0, frozenset(), wake, closed=True)
+        if agent.poll is not None:
+            self.abandon(agent.poll, now)
+        agent.heard = now
+        agent.describe(request, serves)
+        poll = Poll(agent, request.n, now, agent.room, frozenset(request.held), wake)
+        self._reconcile(agent, poll, now)
+        if duty.suspended:
+            raise AgentSuspended
+        wait = min(request.wait_ms, MAX_WAIT_MS) / 1000
+        bounds = (wait, 5.0 if request.capacity <= 0 else wait, self.limits.ttl / 3 if poll.held else wait)
+        poll.until = now + max(0.0, min(bounds))
+        agent.poll = poll
+        if agent.key is not None:
+            poll.room = min(poll.room, self.board.share(agent, now))
+            self.board.place(agent.key, now)
+        return poll
+
+    def answer(self, poll: Poll, now: float) -> PollReply | None:
+        """The reply when there is one to give; None to keep holding. A poll that was replaced gets an empty one."""
+        agent, repeat = poll.agent, self.limits.repeat
+        told = (agent.duty.generation, agent.drain)
+        if poll.closed:
+            return PollReply(generation=told[0], drain=told[1])
+        grants = agent.grants.values()
+        foreign = poll.foreign if now - agent.foreign_told >= repeat else []
+        if not (
+            poll.grants
+            or foreign
+            or told != agent.told
+            or now >= poll.until
+            or any(g.cancel_due(now, repeat) or g.credit_due(now, repeat) for g in grants)
+        ):
+            return None
+        self._close(poll, now)
+        agent.told = told
+        agent.foreign_told = now if foreign else agent.foreign_told
+        leases = self._leases(poll, now)
+        return PollReply(
+            leases=leases,
+            credit={g.id: g.tell_credit(now) for g in grants if g.total > g.told or g.credit_due(now, repeat)},
+            cancel=[*settle.cancels(agent, now), *foreign],
+            generation=told[0],
+            drain=told[1],
+            idle_reason=self._idle_reason(agent) if not leases and agent.room else None,
+        )
+
+    def abandon(self, poll: Poll, now: float) -> None:
+        """The poll was closed or replaced: never answered. What was put into it goes elsewhere. Again does nothing."""
+        if poll.closed:
+            return
+        self._close(poll, now)
+        for grant in reversed(poll.grants):
+            self.board.take_back(poll.agent, grant, now)
+        poll.wake()
+        if poll.agent.key is not None:
+            self.board.place(poll.agent.key, now)
+
+    def events(self, agent_id: str, boot: str, frames: Iterable[Frame], now: float) -> EventsReply:
+        """Takes in a batch of frames: applied in order, each once."""
+        agent = self.agents.get(agent_id)
+        if agent is None or agent.boot != boot:
+            return EventsReply(unknown=sorted({lease for lease, _, _ in frames}))
+        agent.heard = now
+        return settle.events(self.board, agent, frames, now)
+
+    def assign(self, agent_id: str, duty: Duty, serves: str | None, now: float) -> None:
+        """The database says something else of an agent; a held poll is answered if that concerns it."""
+        agent = self.agents.get(agent_id)
+        if agent is not None and (agent.duty, agent.serves) != (duty, serves):
+            agent.duty, agent.serves = duty, serves
+            self.board.wake(agent_id)
+            if agent.key is not None:
+                self.board.place(agent.key, now)
+
+    def remove(self, agent_id: str, now: float) -> None:
+        """The agent left or was removed: nothing of it runs any more."""
+        if (agent := self.agents.pop(agent_id, None)) is not None:
+            if agent.poll is not None:
+                self.abandon(agent.poll, now)
+            self._end_boot(agent, now)
+
+    def held_job(self, agent_id: str, request: str) -> Job | None:
+        """The job with this request id, if the agent holds its lease (for the body fetched apart)."""
+        agent = self.agents.get(agent_id)
+        grants = agent.grants.values() if agent else ()
+        return next((g.job for g in grants if g.job.request == request), None)
+
+    # -- time --
+
+    def tick(self, now: float) -> None:
+        """To be called a few times a second: lapsed leases, deadlines, waits that are over, replies that got lost."""
+        repeat = self.limits.repeat
+        for agent in self.agents.values():
+            for grant in list(agent.grants.values()):
+                if now >= grant.expires and not (agent.poll is not None and grant.id in agent.poll.held):
+                    settle.lost(self.board, agent, grant, "the agent was not heard of any more", now)
+                elif now >= grant.job.deadline and not grant.cancel:
+                    grant.job.finish(failure("deadline", "the request took longer than its deadline"))
+                    self.board.cancel(grant, now)
+            if agent.poll is not None and any(
+                g.cancel_due(now, repeat) or g.credit_due(now, repeat) for g in agent.grants.values()
+            ):
+                agent.poll.wake()
+        for key in self.board.queues.waiting():
+            jobs = self.board.queues.jobs(key)
+            hope = {e: self.board.hope(key, e, now) for e in {job.expected for job in jobs}}
+            for job in jobs:
+                over = now - job.queued_since >= self.limits.queue_wait or now >= job.deadline
+                if over or not hope[job.expected]:
+                    self.board.give_up(job, now)
+            self.board.place(key, now)
+
+    def statistics(self) -> DispatchStatistics:
+        running = sum(len(a.grants) for a in self.agents.values())
+        return DispatchStatistics(len(self.board.queues.jobs()), running, len(self.agents), dict(self.board.counts))
+
+    # -- inside --
+
+    def _reconcile(self, agent: Agent, poll: Poll, now: float) -> None:
+        """Compares what the agent holds with what it should hold."""
+        for grant in list(agent.grants.values()):
+            if grant.id in poll.held:
+                grant.confirmed, grant.expires = True, now + self.limits.ttl
+            elif grant.confirmed:
+                settle.lost(self.board, agent, grant, "the agent dropped the request", now)
+            elif poll.room > 0 and not grant.cancel:
+                self.board.counts["offered_again"] += 1
+                grant.offered, grant.expires = poll.n, now + self.limits.ttl
+                self.board.put_in(poll, grant)
+            else:
+                self.board.take_back(agent, grant, now)
+        poll.foreign = sorted(lease for lease in poll.held if lease not in agent.grants and lease not in agent.finished)
+
+    def _end_boot(self, agent: Agent, now: float) -> None:
+        if agent.poll is not None:
+            self.abandon(agent.poll, now)
+        for grant in list(agent.grants.values()):
+            settle.lost(self.board, agent, grant, "the agent was restarted", now)
+
+    def _close(self, poll: Poll, now: float) -> None:
+        poll.closed = True
+        agent = poll.agent
+        agent.heard = now
+        if agent.poll is poll:
+            agent.poll = None
+        # What was to be offered again may have shown in the meantime that it was received after all.
+        poll.grants = [g for g in poll.grants if agent.grants.get(g.id) is g and not g.confirmed]
+        for lease in poll.held & agent.grants.keys():
+            agent.grants[lease].expires = now + self.limits.ttl
+
+    def _leases(self, poll: Poll, now: float) -> list[Lease]:
+        """Bodies travel inside while they fit; the others are fetched by the agent."""
+        leases, left = [], self.limits.inline
+        for grant in poll.grants:
+            size = len(grant.job.body)
+            inside = size <= min(left, MAX_INLINE_BODY)
+            left -= size if inside else 0
+            leases.append(grant.lease(now, self.limits.ttl, inside))
+        return leases
+
+    def _idle_reason(self, agent: Agent) -> str:
+        return f"no request waits for {agent.serves}" if agent.serves else "no model is assigned"

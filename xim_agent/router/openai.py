@@ -1,0 +1,162 @@
+"""The router's side for clients: OpenAI's API (wire-protocol §7). Bodies pass unchanged in both directions."""
+
+import hashlib
+import secrets
+from typing import Any
+
+import msgspec
+import trio
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from xim_agent.router import catalog
+from xim_agent.router.dispatch import Dispatch
+from xim_agent.router.jobs import COMPLETE, Job, Outcome, Refused
+from xim_agent.router.replies import ApiError, head_fields
+from xim_agent.router.store import Store
+from xim_agent.watch import Watch
+
+_PASSED = ("content-type", "accept", "traceparent", "tracestate")
+
+
+class Asked(msgspec.Struct):
+    """All the router reads of a request; the engine judges the rest."""
+
+    model: str | None = None
+    stream: Any = False
+
+
+_asked = msgspec.json.Decoder(Asked)
+
+
+class ClientApi:
+    def __init__(self, store: Store, dispatch: Dispatch) -> None:
+        self._store = store
+        self._dispatch = dispatch
+
+    def client(self, request: Request) -> str:
+        """The project of the API key. Raises ApiError 401."""
+        kind, _, key = request.headers.get("authorization", "").partition(" ")
+        project = catalog.project_of(self._store.db, key.strip()) if kind.lower() == "bearer" else None
+        if project is None:
+            what = "Incorrect API key provided." if key else "You didn't provide an API key."
+            raise ApiError(401, "invalid_api_key", f"{what} Make one with `router api-key create --project NAME`.")
+        return project
+
+    async def complete(self, request: Request, project: str) -> "Relay":
+        """Any of the served paths."""
+        body = await request.body()
+        try:
+            asked = _asked.decode(body)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise ApiError(400, "invalid_request", f"The body is no JSON request: {error}") from None
+        model = self._model(asked.model)
+        watch = Watch()
+        headers = {
+            name: value for name, value in request.headers.items() if name in _PASSED or name.startswith("x-slo-")
+        }
+        job = Job(
+            request=f"req-{secrets.token_hex(12)}",
+            project=project,
+            model=model,
+            path=request.scope["path"],
+            headers=headers,
+            body=body,
+            stream=asked.stream is True,
+            tenant=hashlib.sha256(f"tenant|{project}".encode()).hexdigest()[:16],
+            wake=watch.bump,
+            expected=catalog.expects(self._store.db, project, model),
+        )
+        return Relay(self._dispatch, job, watch)
+
+    def _model(self, asked: str | None) -> str:
+        if asked is None:
+            assigned = catalog.assigned_models(self._store.db)
+            if len(assigned) != 1:
+                raise ApiError(400, "invalid_request", "You must provide a model parameter.")
+            return assigned[0].name
+        if catalog.find_model(self._store.db, asked) is None:
+            raise ApiError(404, "model_not_found", f"The model {asked!r:.200} does not exist.")
+        return asked
+
+    async def models(self, request: Request, project: str) -> Response:
+        data = [_described(model) for model in catalog.assigned_models(self._store.db)]
+        return JSONResponse({"object": "list", "data": data})
+
+    async def model(self, request: Request, project: str) -> Response:
+        name = request.path_params["name"]
+        for model in catalog.assigned_models(self._store.db):
+            if model.name == name:
+                return JSONResponse(_described(model))
+        raise ApiError(404, "model_not_found", f"The model {name!r:.200} does not exist.")
+
+
+def _described(model: catalog.Published) -> dict[str, Any]:
+    return {"id": model.name, "object": "model", "created": int(model.created), "owned_by": "xerotier"}
+
+
+class Relay:
+    """The reply to one request: waits for an agent, then passes on what it sends. Cancelled when the client leaves.
+
+    A stream begins with its first data, so that an agent that fails before it can be replaced; everything else is kept
+    until it is complete. Data goes out as it comes, and is credited when the connection has taken it.
+    """
+
+    def __init__(self, dispatch: Dispatch, job: Job, watch: Watch) -> None:
+        self._dispatch = dispatch
+        self._job = job
+        self._watch = watch
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        job = self._job
+        try:
+            self._dispatch.submit(job, trio.current_time())
+            while job.outcome is None and (job.buffered or not job.chunks):
+                await self._change()
+            if job.outcome is None:
+                await self._stream(send)
+            elif job.outcome is COMPLETE:
+                await self._whole(send)
+            else:
+                await ApiError.of(job.outcome).response()(scope, receive, send)
+        except Refused as refused:
+            await ApiError.of(refused.outcome).response()(scope, receive, send)
+        finally:
+            self._dispatch.release(job, trio.current_time())
+
+    async def _change(self) -> None:
+        await self._watch.wait_beyond(self._watch.version)
+
+    async def _whole(self, send: Send) -> None:
+        assert self._job.head is not None
+        body = self._dispatch.take(self._job)
+        fields = [*head_fields(self._job.head, self._job.request), (b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": self._job.head.status, "headers": fields})
+        await send({"type": "http.response.body", "body": body})
+
+    async def _stream(self, send: Send) -> None:
+        job = self._job
+        assert job.head is not None
+        fields = head_fields(job.head, job.request)
+        await send({"type": "http.response.start", "status": job.head.status, "headers": fields})
+        last = b""
+        while job.chunks or job.outcome is None:
+            if not job.chunks:
+                await self._change()
+                continue
+            data = self._dispatch.take(job)
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+            last = (last + data)[-4:]
+            self._dispatch.consumed(job, len(data), trio.current_time())
+        if job.outcome is COMPLETE:
+            await send({"type": "http.response.body", "body": b""})
+        elif job.outcome is not None:
+            await send({"type": "http.response.body", "body": _event(job.outcome, last), "more_body": True})
+            # Returning here, without the end of the body, makes the server cut the connection: never a clean end.
+
+
+def _event(outcome: Outcome, last: bytes) -> bytes:
+    """An SSE event of its own, whatever the cut one before it left open."""
+    start = b"" if last.endswith((b"\n\n", b"\r\n\r\n")) else b"\n\n"
+    return start + b"data: " + ApiError.of(outcome).body("stream_error") + b"\n\n"

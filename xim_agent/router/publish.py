@@ -1,0 +1,167 @@
+"""A directory of model files becomes chunks and a manifest that agents fetch, in constant memory."""
+
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from xim_agent.cache import codec
+from xim_agent.cache.manifest import (
+    CHUNK,
+    FORMAT,
+    Chunk,
+    File,
+    Manifest,
+    check_component,
+    check_path,
+    encode,
+    is_unsafe,
+)
+from xim_agent.errors import AgentError, Exit
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class PublishedModel:
+    """`manifest_sha256`: hex; `size_bytes`: of the files; `stored_bytes`: of its chunks, each once.
+
+    `dropped`: paths left out: hidden, linked directories, no regular files, or such that could run code.
+    """
+
+    name: str
+    revision: str
+    id: str
+    manifest_sha256: str
+    size_bytes: int
+    stored_bytes: int
+    dropped: tuple[str, ...]
+
+
+def publish(
+    path: Path,
+    name: str,
+    revision: str | None,
+    data_dir: Path,
+    *,
+    progress: Progress | None = None,
+    workers: int = 2,
+) -> PublishedModel:
+    """Stores the files below `path` in `data_dir`/models. Blocks; may run several times at once, for one model too.
+
+    `revision` None: derived from the content. `progress` is told (bytes done, bytes in all); `workers`: zstd threads.
+    The manifest is written last and every file by one rename, so a run that is cut leaves only chunks that the next
+    one finds. Links to files are followed. Raises AgentError `model_path`, `model_changed`, ManifestRefused.
+    """
+    root = path.expanduser()
+    if not root.is_dir():
+        raise AgentError("model_path", f"{path} is not a directory", exit_code=Exit.USAGE)
+    kept, dropped = _select(root)
+    if not kept:
+        raise AgentError("model_path", f"{path} holds no file that can be published", exit_code=Exit.USAGE)
+    if revision is not None:
+        check_component(revision)
+    store = _Blobs(data_dir / "models", sum((root / p).stat().st_size for p in kept), progress, max(1, workers))
+    files = tuple(store.add(root, p) for p in kept)
+    revision = revision or sha256(encode(Manifest(FORMAT, "", "", files))).hexdigest()[:12]
+    manifest = Manifest(FORMAT, name, revision, files)
+    data = encode(manifest)
+    digest = sha256(data).hexdigest()
+    _write(data_dir / "models" / "manifests" / f"{digest}.json", data)
+    return PublishedModel(
+        name=name,
+        revision=revision,
+        id=model_id(name),
+        manifest_sha256=digest,
+        size_bytes=manifest.size,
+        stored_bytes=sum(manifest.blobs().values()),
+        dropped=tuple(dropped),
+    )
+
+
+def model_id(name: str) -> str:
+    """The name as one directory name; with a hash where that loses something, so that no two names share an id."""
+    plain = re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip("._-")[:100]
+    return plain if plain and plain == name else f"{plain or 'model'}-{sha256(name.encode()).hexdigest()[:8]}"
+
+
+def _select(root: Path) -> tuple[list[str], list[str]]:
+    """(paths to publish, paths left out), sorted. Raises ManifestRefused for a name that agents would refuse."""
+    kept, dropped = [], []
+    for directory, folders, names in os.walk(root):
+        here = Path(directory)
+        for folder in list(folders):
+            if folder.startswith(".") or (here / folder).is_symlink():
+                folders.remove(folder)
+                dropped.append((here / folder).relative_to(root).as_posix() + "/")
+        for name in names:
+            relative = (here / name).relative_to(root).as_posix()
+            if name.startswith(".") or is_unsafe(name) or not (here / name).is_file():
+                dropped.append(relative)
+            else:
+                check_path(relative)
+                kept.append(relative)
+    return sorted(kept), sorted(dropped)
+
+
+class _Blobs:
+    """Chunks on their way into the store."""
+
+    def __init__(self, root: Path, total: int, progress: Progress | None, workers: int) -> None:
+        self._root, self._total, self._progress, self._workers = root, total, progress, workers
+        self._done = 0
+        self._buffer = bytearray(CHUNK)
+
+    def add(self, root: Path, relative: str) -> File:
+        whole, chunks = sha256(), []
+        with (root / relative).open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            while data := self._read(file.fileno()):
+                whole.update(data)
+                chunks.append(self._chunk(data))
+                self._done += len(data)
+                data.release()
+                if self._progress:
+                    self._progress(self._done, self._total)
+        if sum(c.size for c in chunks) != size:
+            raise AgentError("model_changed", f"{relative} changed while it was read", hint="publish it again")
+        return File(relative, size, whole.hexdigest(), tuple(chunks))
+
+    def _read(self, fd: int) -> memoryview:
+        """The next whole chunk, the last one shorter, empty at the end."""
+        view, filled = memoryview(self._buffer), 0
+        while filled < CHUNK and (n := os.readv(fd, [view[filled:]])):
+            filled += n
+        return view[:filled]
+
+    def _chunk(self, data: memoryview) -> Chunk:
+        name, stored = codec.choose(data, self._workers)
+        digest = sha256(stored).hexdigest()
+        path = self._root / "blobs" / digest[:2] / digest
+        if not path.exists():
+            _write(path, stored)
+        return Chunk(digest, len(stored), len(data), name)
+
+
+def _write(path: Path, data: bytes | memoryview) -> None:
+    """Complete and durable under its name, or absent. Two writers of the same content do no harm."""
+    path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+    fd, temporary = tempfile.mkstemp(prefix=".tmp-", dir=path.parent)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fchmod(file.fileno(), 0o640)
+            os.fsync(file.fileno())
+        Path(temporary).rename(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

@@ -1,0 +1,121 @@
+"""What the router says in HTTP: errors in the form the caller understands, MessagePack, zstd where it is accepted."""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from xim_agent import PROTOCOL
+from xim_agent.mesh import codec
+from xim_agent.mesh.content import pack
+from xim_agent.mesh.messages import Head
+from xim_agent.router.jobs import Outcome
+from xim_agent.router.tokens import Problem
+
+MSGPACK = "application/vnd.msgpack"
+
+# Hop-by-hop, made by the server itself, or a way to act on the router's own origin.
+_DROPPED = frozenset({
+    "connection", "keep-alive", "proxy-connection", "transfer-encoding", "te", "trailer", "upgrade",
+    "content-length", "date", "server",
+    "set-cookie", "alt-svc", "strict-transport-security", "clear-site-data",
+})  # fmt: skip
+_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]{1,128}")
+_ZSTD = re.compile(r"\bzstd\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))", re.IGNORECASE)
+_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]{0,8192}")
+
+
+class ApiError(Exception):
+    """An error for a client, in OpenAI's envelope. `retry_after` in seconds."""
+
+    def __init__(self, status: int, code: str, message: str, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.retry_after = retry_after
+
+    @classmethod
+    def of(cls, outcome: Outcome) -> "ApiError":
+        return cls(outcome.status, outcome.code, outcome.message, 1 if outcome.status in (429, 503) else None)
+
+    def body(self, kind: str = "") -> bytes:
+        """The envelope; `kind` is its `type`, by default after the status."""
+        if not kind:
+            kind = "service_error" if self.status >= 500 or self.status == 429 else "invalid_request_error"
+        error = {"message": self.message, "type": kind, "param": None, "code": self.code}
+        return json.dumps({"error": error}).encode()
+
+    def response(self) -> Response:
+        headers = {"retry-after": str(self.retry_after)} if self.retry_after is not None else {}
+        return Response(self.body(), self.status, headers, "application/json")
+
+
+def problem_response(problem: Problem) -> Response:
+    """application/problem+json (RFC 9457) with our `code`."""
+    body = {"type": "about:blank", "title": problem.code, "status": problem.status, "detail": problem.detail}
+    content = json.dumps({**body, "code": problem.code, **problem.extra}).encode()
+    return Response(content, problem.status, media_type="application/problem+json")
+
+
+def error_response(error: Problem | ApiError) -> Response:
+    return problem_response(error) if isinstance(error, Problem) else error.response()
+
+
+def check_protocol(headers: Mapping[str, str]) -> None:
+    """Raises Problem 426 unless the caller speaks our version."""
+    called = headers.get("xim-protocol")
+    if called != str(PROTOCOL):
+        agent = f"the agent {called:.20}" if called else "the request has no XIM-Protocol header"
+        detail = f"this router speaks protocol {PROTOCOL}, {agent}"
+        raise Problem(426, "protocol_unsupported", detail, {"protocols": [PROTOCOL]})
+
+
+def with_protocol(send: Send) -> Send:
+    """Every reply to an agent says which version speaks."""
+
+    async def wrapped(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", ()), (b"xim-protocol", str(PROTOCOL).encode())]}
+        await send(message)
+
+    return wrapped
+
+
+def packed(request: Request, body: bytes, media_type: str, status: int = 200) -> Response:
+    """zstd where the caller accepts it and it saves something."""
+    headers: dict[str, str] = {}
+    if _ZSTD.search(request.headers.get("accept-encoding", "")):
+        headers, body = pack(body)
+    return Response(body, status, headers, media_type)
+
+
+def message(request: Request, reply: Any) -> Response:
+    return packed(request, codec.encode(reply), MSGPACK)
+
+
+def head_fields(head: Head, request_id: str) -> list[tuple[bytes, bytes]]:
+    """The engine's headers as they are, without what is not a header or not an engine's to say."""
+    fields = {
+        name: value.strip()
+        for name, value in ((n.lower(), v) for n, v in head.headers.items())
+        if name not in _DROPPED and _NAME.fullmatch(name) and _VALUE.fullmatch(value)
+    }
+    fields.setdefault("x-request-id", request_id)
+    return [(name.encode(), value.encode("latin-1")) for name, value in fields.items()]
+
+
+async def not_found(scope: Scope, receive: Receive, send: Send) -> None:
+    """For every path that is not served."""
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1000})
+    elif "xim-protocol" in Headers(scope=scope):
+        problem = Problem(404, "not_found", "there is nothing at this path")
+        await problem_response(problem)(scope, receive, with_protocol(send))
+    else:
+        await ApiError(404, "not_found", f"there is nothing at {scope['path']:.200}").response()(scope, receive, send)

@@ -1,0 +1,149 @@
+"""The router's database: DIR/router.sqlite, WAL, shared by the running router and the commands beside it."""
+
+import json
+import os
+import sqlite3
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from xim_agent.errors import AgentError, Exit
+from xim_agent.router import enrollment
+from xim_agent.router.tokens import RouterKeys
+
+DEFAULT_LISTEN = "127.0.0.1:8080"
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS settings(key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS signing_keys(
+  kid TEXT PRIMARY KEY, kind TEXT NOT NULL, private TEXT NOT NULL, created REAL NOT NULL, retired REAL);
+CREATE TABLE IF NOT EXISTS join_keys(
+  id INTEGER PRIMARY KEY, secret_hash BLOB NOT NULL UNIQUE, project TEXT NOT NULL, region TEXT NOT NULL,
+  tiers TEXT NOT NULL, expires REAL, uses_left INTEGER NOT NULL, revoked REAL, created REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS agents(
+  agent_id TEXT PRIMARY KEY, worker_id TEXT NOT NULL UNIQUE, join_key INTEGER NOT NULL REFERENCES join_keys(id),
+  jkt TEXT NOT NULL, public_key TEXT NOT NULL, project TEXT NOT NULL, region TEXT NOT NULL, tiers TEXT NOT NULL,
+  name TEXT NOT NULL, info TEXT NOT NULL, hardware TEXT NOT NULL, max_concurrent INTEGER, state TEXT NOT NULL,
+  enrolled REAL NOT NULL, last_seen REAL, family INTEGER NOT NULL, used INTEGER NOT NULL, family_revoked REAL,
+  UNIQUE(join_key, jkt));
+CREATE TABLE IF NOT EXISTS refresh_tokens(
+  hash BLOB PRIMARY KEY, agent_id TEXT NOT NULL REFERENCES agents(agent_id), family INTEGER NOT NULL,
+  serial INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS models(
+  name TEXT NOT NULL, revision TEXT NOT NULL, id TEXT NOT NULL, manifest TEXT NOT NULL, size_bytes INTEGER NOT NULL,
+  stored_bytes INTEGER NOT NULL, task TEXT NOT NULL, created REAL NOT NULL, PRIMARY KEY(name, revision));
+CREATE TABLE IF NOT EXISTS assignments(
+  agent_id TEXT PRIMARY KEY, name TEXT NOT NULL, revision TEXT NOT NULL, serving TEXT NOT NULL,
+  generation INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS api_keys(hash BLOB PRIMARY KEY, project TEXT NOT NULL, created REAL NOT NULL, revoked REAL);
+"""
+
+
+class Store:
+    """One connection; every call is short and blocks. Times are Unix seconds. Use it as a context manager."""
+
+    def __init__(self, directory: Path, db: sqlite3.Connection) -> None:
+        self.directory = directory
+        self.db = db
+
+    @classmethod
+    def open(cls, directory: Path) -> Self:
+        """Makes what is missing, readable by its owner only: the private keys are in it. Raises AgentError, exit 77."""
+        path = directory / "router.sqlite"
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            db = sqlite3.connect(path, isolation_level=None, timeout=5.0)
+        except (OSError, sqlite3.Error) as error:
+            raise _unusable(path, error) from error
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = FULL")  # what was answered must be on disk: keys and credentials
+            db.execute("PRAGMA foreign_keys = ON")
+            db.executescript("BEGIN IMMEDIATE;" + _SCHEMA + "COMMIT;")
+        except sqlite3.Error as error:
+            db.close()
+            raise _unusable(path, error) from error
+        return cls(directory, db)
+
+    def close(self) -> None:
+        self.db.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def data_version(self) -> int:
+        """Another number whenever another connection has committed something."""
+        return int(self.db.execute("PRAGMA data_version").fetchone()[0])
+
+    def setting(self, key: str) -> str | None:
+        row = self.db.execute("SELECT value FROM settings WHERE key=?", (key,)).fetchone()
+        return str(row[0]) if row else None
+
+    def set_setting(self, key: str, value: str) -> None:
+        self.db.execute("INSERT OR REPLACE INTO settings(key, value) VALUES(?, ?)", (key, value))
+
+    def save_seen(self, seen: Mapping[str, float]) -> None:
+        """When agents were last heard, in one transaction that is not forced to disk: nothing depends on it."""
+        if seen:
+            self.db.execute("PRAGMA synchronous = NORMAL")
+            with enrollment.transaction(self.db):
+                rows = [(when, agent_id) for agent_id, when in seen.items()]
+                self.db.executemany("UPDATE agents SET last_seen=? WHERE agent_id=?", rows)
+            self.db.execute("PRAGMA synchronous = FULL")
+
+    @property
+    def public_urls(self) -> list[str]:
+        """Where agents and clients reach the router; until it was served once, where it listens by default."""
+        stored = self.setting("public_urls")
+        return list(json.loads(stored)) if stored else [f"http://{DEFAULT_LISTEN}"]
+
+    @property
+    def served_before(self) -> bool:
+        return self.setting("public_urls") is not None
+
+    def serve_at(self, given: Sequence[str], listening: str) -> None:
+        """Keeps the public URLs: those given now, else those given once before, else `listening`.
+
+        The issuer is the first public URL of the first start; agents compare it for ever, so it never changes.
+        """
+        if given:
+            self.set_setting("public_urls", json.dumps([url.rstrip("/") for url in given]))
+            self.set_setting("public_urls_given", "1")
+        elif self.setting("public_urls_given") is None:
+            self.set_setting("public_urls", json.dumps([listening]))
+        if self.setting("issuer") is None:
+            self.set_setting("issuer", self.public_urls[0])
+
+    def keys(self, now: float) -> RouterKeys:
+        """Root and signing keys, made at the first call."""
+        return enrollment.open_keys(self.db, self.setting("issuer") or self.public_urls[0], now)
+
+    def create_join_key(self, *, project: str, region: str, uses: int, expires_at: float | None, now: float) -> str:
+        """The key's text, which is nowhere else. Raises AgentError `join_key_invalid`."""
+        return enrollment.create_join_key(
+            self.db,
+            self.keys(now),
+            project=project,
+            region=region,
+            uses=uses,
+            expires_at=expires_at,
+            tiers=["self_hosted"],
+            public_urls=self.public_urls,
+            now=now,
+        )
+
+
+def _unusable(path: Path, error: Exception) -> AgentError:
+    return AgentError(
+        "router_data",
+        f"the router's database {path} cannot be used: {error}",
+        hint="check --data: its owner, its mode and the free space; a damaged database must be restored from a backup",
+        exit_code=Exit.STATE,
+    )

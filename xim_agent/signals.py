@@ -1,0 +1,32 @@
+"""SIGTERM and SIGINT: the first asks for a stop with drain, a second abandons."""
+
+import logging
+import signal
+
+import trio
+
+log = logging.getLogger("xim_agent.signals")
+
+# A one-file bootloader forwards the terminal's Ctrl-C that its child has already got.
+SAME_SIGNAL_SECONDS = 1.0
+
+
+async def watch(
+    stop: trio.Event,
+    root: trio.CancelScope,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Sets `stop` at the first signal and cancels `root` at the second. Never returns unless cancelled."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
+        task_status.started()
+        first: float | None = None
+        async for number in received:
+            name = signal.Signals(number).name
+            if first is None:
+                first = trio.current_time()
+                log.info(f"{name}: draining; a second signal abandons running requests")
+                stop.set()
+            elif trio.current_time() - first >= SAME_SIGNAL_SECONDS:
+                log.warning(f"second {name}: abandoning running requests")
+                root.cancel()

@@ -1,0 +1,85 @@
+"""One lease's way back to the router: its request task writes here, the router's cancels and credits arrive here."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import trio
+
+from xim_agent.mesh.messages import End, EndReason, Error, Head, Lease
+from xim_agent.work.outbox import Outbox
+
+Verdict = EndReason | Error | Literal["unknown"]
+
+
+class Outgoing:
+    """`scope` holds the request's work and ends at the deadline; `verdict` says why it was cancelled before."""
+
+    def __init__(
+        self, lease: Lease, outbox: Outbox, *, stir: Callable[[], None], done: Callable[["Outgoing", str], None]
+    ) -> None:
+        self.id = lease.id
+        self.request = lease.request
+        self.received = trio.current_time()
+        self.scope = trio.CancelScope(deadline=self.received + max(0, lease.deadline_ms) / 1000)
+        self.verdict: Verdict | None = None
+        self.last_byte = self.received
+        self._outbox = outbox
+        self._stir = stir
+        self._done = done
+        self._credit = trio.Event()
+        self._first: float | None = None
+        self._ended = False
+        outbox.open(lease.id, lease.credit)
+
+    @property
+    def untouched(self) -> bool:
+        """No data was sent, so that another agent may serve the request."""
+        return self._first is None
+
+    def head(self, status: int, headers: dict[str, str]) -> None:
+        self._outbox.head(self.id, Head(status, headers))
+        self._stir()
+
+    async def write(self, chunk: bytes) -> None:
+        """Waits while there is no credit. Cancellation leaves what was numbered to be sent, and drops the rest."""
+        self.last_byte = trio.current_time()
+        while chunk:
+            room = self._outbox.room(self.id)
+            if not room:
+                self._credit = trio.Event()
+                await self._credit.wait()
+                continue
+            part, chunk = (chunk, b"") if len(chunk) <= room else (chunk[:room], chunk[room:])
+            if self._first is None:
+                self._first = trio.current_time()
+            self._outbox.data(self.id, part)
+            self._stir()
+
+    def credited(self) -> None:
+        self._credit.set()
+
+    def abort(self, verdict: Verdict) -> None:
+        """The first verdict holds; the engine's connection is closed before the task runs again."""
+        if self.verdict is None:
+            self.verdict = verdict
+            self.scope.cancel()
+
+    def ending(self, reason: EndReason) -> End:
+        sent, chunks = self._outbox.totals(self.id)
+        return End(
+            reason=reason,
+            bytes=sent,
+            chunks=chunks,
+            ttft_ms=None if self._first is None else round((self._first - self.received) * 1000),
+            duration_ms=round((trio.current_time() - self.received) * 1000),
+        )
+
+    def end(self, ending: End | Error) -> None:
+        """The one ending; a second one changes nothing. Synchronous, so that a cancelled task can still say it."""
+        if self._ended:
+            return
+        self._ended = True
+        told = self._outbox.end(self.id, ending)
+        name = ending.reason if isinstance(ending, End) else ending.code
+        self._done(self, name if told else "unknown")
+        self._stir()

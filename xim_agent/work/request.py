@@ -1,0 +1,125 @@
+"""One lease from its receipt to its one ending. The only place where any exception at all is caught."""
+
+import logging
+import random
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager, aclosing
+from typing import Any, Protocol
+
+import trio
+
+from xim_agent.backoff import Backoff
+from xim_agent.errors import AgentError
+from xim_agent.mesh.messages import MAX_BODY, End, Error, ErrorCode, Lease
+from xim_agent.outcome import Action, RouterError
+from xim_agent.work.lease import reply_headers, request_headers
+from xim_agent.work.outgoing import Outgoing
+from xim_agent.work.tail import Tail
+
+log = logging.getLogger("xim_agent.work")
+
+
+class EngineReply(Protocol):
+    """`headers`: lower-case names. `chunks` raises an AgentError with code `engine_lost` when the engine is gone."""
+
+    @property
+    def status(self) -> int: ...
+    @property
+    def headers(self) -> Mapping[str, str]: ...
+    def chunks(self) -> AsyncIterator[bytes]: ...
+
+
+class EngineClient(Protocol):
+    def open(self, path: str, headers: Mapping[str, str], body: bytes) -> AbstractAsyncContextManager[EngineReply]:
+        """Leaving the context, by cancellation too, closes the connection, which aborts the request at vLLM."""
+        ...
+
+
+class Engine(Protocol):
+    @property
+    def ready(self) -> bool: ...
+    @property
+    def client(self) -> EngineClient: ...
+
+
+class Bodies(Protocol):
+    async def lease_body(self, request_id: str) -> bytes: ...
+
+
+async def serve(lease: Lease, out: Outgoing, engine: Engine, bodies: Bodies) -> None:
+    """Relays the engine's answer unchanged. Raises only when cancelled from outside, which ends in `draining`."""
+    ending: End | Error | None = None
+    try:
+        with out.scope:
+            ending = await _relay(lease, out, engine, bodies)
+        if ending is None:
+            ending = _cut_short(out)
+    except AgentError as error:
+        code: ErrorCode = "engine_lost" if error.code == "engine_lost" else "internal"
+        log.warning("request failed", extra={"request": lease.request, "code": error.code, "reason": error.message})
+        ending = Error(code, error.message[:2000], retryable=out.untouched)
+    except Exception as error:
+        log.exception("request failed by a bug", extra={"request": lease.request})
+        ending = Error("internal", f"internal error: {type(error).__name__}", retryable=out.untouched)
+    finally:
+        if ending is None:
+            ending = Error("draining", "the agent is stopping", retryable=out.untouched)
+        out.end(ending)
+
+
+def _cut_short(out: Outgoing) -> End | Error:
+    """Why the scope was cancelled; without a verdict it was the deadline."""
+    verdict = out.verdict
+    if isinstance(verdict, Error):
+        return verdict
+    if verdict is None or verdict == "unknown":
+        return out.ending("deadline")
+    return out.ending(verdict)
+
+
+async def _relay(lease: Lease, out: Outgoing, engine: Engine, bodies: Bodies) -> End | Error:
+    body = lease.body if lease.body is not None else await _fetch(lease.request, bodies)
+    if len(body) > MAX_BODY:
+        return Error("invalid_request", f"the body has {len(body)} bytes, over {MAX_BODY}", retryable=False)
+    async with engine.client.open(lease.path, request_headers(lease.headers), body) as reply:
+        headers = reply_headers(reply.headers)
+        out.head(reply.status, headers)
+        tail = Tail() if headers.get("content-type", "").startswith("text/event-stream") else None
+        async with _closing(reply.chunks()) as chunks:
+            async for chunk in chunks:
+                if tail is not None:
+                    tail.add(chunk)
+                await out.write(chunk)
+    if tail is not None and (message := tail.error()) is not None:
+        return Error("engine_lost", f"the engine broke off: {message}", retryable=out.untouched)
+    if not engine.ready:
+        return Error("engine_lost", "the engine stopped during the request", retryable=out.untouched)
+    return out.ending("complete")
+
+
+def _closing(chunks: AsyncIterator[bytes]) -> AbstractAsyncContextManager[Any]:
+    """A generator left half-way has to be closed by hand."""
+    return aclosing(chunks) if isinstance(chunks, AsyncGenerator) else _Open(chunks)
+
+
+class _Open:
+    def __init__(self, chunks: AsyncIterator[bytes]) -> None:
+        self.chunks = chunks
+
+    async def __aenter__(self) -> AsyncIterator[bytes]:
+        return self.chunks
+
+    async def __aexit__(self, *info: object) -> None:
+        return None
+
+
+async def _fetch(request: str, bodies: Bodies) -> bytes:
+    """A body by reference; tried until the lease's deadline ends it."""
+    backoff = Backoff()
+    while True:
+        try:
+            return await bodies.lease_body(request)
+        except RouterError as error:
+            if error.action is not Action.RETRY:
+                raise
+            await trio.sleep(backoff.next(random.random(), error.retry_after))

@@ -1,0 +1,244 @@
+"""Takes leases in, carries their frames to the router, and applies what its replies say about them."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import trio
+from msgspec import Raw
+
+from xim_agent.mesh.messages import Error, EventsReply, Lease
+from xim_agent.outcome import Action, RouterError
+from xim_agent.watch import Watch
+from xim_agent.work.lease import Leases
+from xim_agent.work.link import Link
+from xim_agent.work.outbox import MAX_IN_FLIGHT, Batch, Outbox, OutboxStatistics
+from xim_agent.work.outgoing import Outgoing
+from xim_agent.work.spool import Spool
+
+log = logging.getLogger("xim_agent.work")
+
+FATAL = frozenset({Action.REMOVED, Action.PROTOCOL})
+LAPSE_CHECK_SECONDS = 1.0
+SUSPENDED_SECONDS = 30.0
+# Endings have about 100 bytes; with the longest messages this is still less than the 1 MiB of a call.
+SPOOL_FRAMES = 400
+
+
+class EventsTransport(Protocol):
+    async def events(self, boot: str, frames: Sequence[Raw]) -> EventsReply: ...
+
+
+@dataclass(frozen=True)
+class SenderStatistics:
+    """`ended` by reason or error code; `running`: leases whose request is not over; `held`: not acknowledged yet."""
+
+    accepted: int
+    refused: int
+    ended: dict[str, int]
+    running: int
+    held: int
+    calls: int
+    failed_calls: int
+    oldest_running_seconds: float
+    outbox: OutboxStatistics
+
+
+class Sender:
+    """`freed` is called when a request is over: there may be capacity again."""
+
+    def __init__(self, *, router: EventsTransport, boot: str, link: Link, spool: Spool) -> None:
+        self.leases = Leases()
+        self.freed: Callable[[], None] = lambda: None
+        self._router = router
+        self._boot = boot
+        self._link = link
+        self._spool = spool
+        self._outbox = Outbox()
+        self._running: dict[int, Outgoing] = {}
+        self._changed = Watch()
+        self._turn = trio.Lock()
+        self._wake = trio.Event()
+        self._sleeps_until = float("-inf")
+        self._ended: Counter[str] = Counter()
+        self._accepted = self._refused = self._calls = self._failed_calls = 0
+
+    # leases
+
+    def accept(self, lease: Lease, sent_at: float, refusal: Error | None) -> Outgoing | None:
+        """Holds the lease; None when nothing is to be served: it was here before, or is refused (and ended so)."""
+        if not self.leases.receive(lease, sent_at):
+            return None
+        out = Outgoing(lease, self._outbox, stir=self._stir, done=self._done)
+        self._running[lease.id] = out
+        if refusal is None:
+            self._accepted += 1
+            return out
+        self._refused += 1
+        log.warning("lease refused", extra={"request": lease.request, "code": refusal.code, "reason": refusal.message})
+        out.end(refusal)
+        return None
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    def apply(self, credit: Mapping[int, int], cancel: Iterable[int], unknown: Iterable[int] = ()) -> None:
+        """What a reply says; leases that are not held are passed over."""
+        for lease in self._outbox.grant(credit):
+            if (out := self._running.get(lease)) is not None:
+                out.credited()
+        for lease in cancel:
+            if (out := self._running.get(lease)) is not None:
+                out.abort("cancelled")
+        for lease in unknown:
+            self._forget(lease)
+
+    def _forget(self, lease: int) -> None:
+        if self._outbox.drop(lease):
+            log.info("lease dropped, the router does not know it", extra={"lease": lease})
+        if (out := self._running.get(lease)) is not None:
+            out.abort("unknown")
+        self._settle(lease)
+
+    def _settle(self, lease: int) -> None:
+        self.leases.settle(lease)
+        self._changed.bump()
+
+    def _done(self, out: Outgoing, name: str) -> None:
+        del self._running[out.id]
+        self._ended[name] += 1
+        log.debug("request over", extra={"request": out.request, "ending": name})
+        self._changed.bump()
+        self.freed()
+
+    async def wait_idle(self) -> None:
+        """Until no request runs."""
+        while self._running:
+            await self._changed.wait_beyond(self._changed.version)
+
+    async def flushed(self) -> None:
+        """Until every ending is acknowledged or its lease unknown to the router."""
+        while len(self.leases):
+            await self._changed.wait_beyond(self._changed.version)
+
+    # sending
+
+    async def run(self) -> None:
+        """Until cancelled. Raises RouterError when the router says that this agent must end."""
+        async with trio.open_nursery() as nursery:
+            for _ in range(MAX_IN_FLIGHT):
+                nursery.start_soon(self._work)
+            nursery.start_soon(self._end_lapsed)
+
+    async def _work(self) -> None:
+        while True:
+            async with self._turn:
+                batch = await self._next()
+            await self._deliver(batch)
+
+    async def _next(self) -> Batch:
+        while True:
+            due = self._outbox.due(trio.current_time())
+            if due is None or due > trio.current_time():
+                self._wake = trio.Event()
+                self._sleeps_until = float("inf") if due is None else due
+                with trio.move_on_at(self._sleeps_until):
+                    await self._wake.wait()
+                self._sleeps_until = float("-inf")
+                continue
+            await self._link.turn()
+            batch = self._outbox.take(trio.current_time())
+            if batch is not None:
+                return batch
+
+    def _stir(self) -> None:
+        """Wakes the task in `_next` when it would sleep too long."""
+        due = self._outbox.due(trio.current_time())
+        if due is not None and due < self._sleeps_until:
+            self._wake.set()
+
+    async def _deliver(self, batch: Batch) -> None:
+        self._calls += 1
+        try:
+            with self._link.call("events"):
+                reply = await self._router.events(self._boot, batch.raw)
+        except RouterError as error:
+            self._failed_calls += 1
+            self._outbox.failed(batch)
+            await self._refused_call(batch, error)
+        else:
+            self.leases.renew(batch.leases, batch.left)
+            for lease in self._outbox.delivered(batch, reply.acked, trio.current_time()):
+                self._settle(lease)
+            self.apply(reply.credit, reply.cancel, reply.unknown)
+        self._stir()
+
+    async def _refused_call(self, batch: Batch, error: RouterError) -> None:
+        if error.action in FATAL:
+            raise error
+        if error.action is Action.FINAL:
+            log.error("events refused", extra={"code": error.code, "reason": error.message, "leases": batch.leases})
+            for lease in batch.leases:
+                self._forget(lease)
+        elif error.action is Action.WAIT:
+            await trio.sleep(SUSPENDED_SECONDS)
+
+    async def _end_lapsed(self) -> None:
+        while True:
+            await trio.sleep(LAPSE_CHECK_SECONDS)
+            for lease in self.leases.lapsed(trio.current_time()):
+                if (out := self._running.get(lease)) is not None:
+                    message = "the lease lapsed: no call that renews it was answered in time"
+                    out.abort(Error("internal", message, retryable=out.untouched))
+
+    # across starts
+
+    def spool(self) -> None:
+        """Keeps the endings that are not acknowledged, at a clean stop; a disk that refuses must not hinder that."""
+        try:
+            self._spool.save(self._boot, self._outbox.unacknowledged_endings())
+        except OSError as error:
+            log.warning("endings are not kept for the next start", extra={"reason": str(error)})
+
+    async def send_spooled(self) -> None:
+        """Before the first poll: endings of earlier boots, until the router has taken or refused them."""
+        entries = self._spool.load()
+        for entry in entries:
+            for start in range(0, len(entry.frames), SPOOL_FRAMES):
+                await self._send_spooled(entry.boot, entry.frames[start : start + SPOOL_FRAMES])
+        if entries:
+            self._spool.clear()
+
+    async def _send_spooled(self, boot: str, frames: list[Raw]) -> None:
+        while True:
+            await self._link.turn()
+            try:
+                with self._link.call("events"):
+                    await self._router.events(boot, frames)
+            except RouterError as error:
+                if error.action in FATAL:
+                    raise
+                if error.action is Action.FINAL:
+                    log.warning("spooled endings refused", extra={"code": error.code, "reason": error.message})
+                    return
+                if error.action is Action.WAIT:
+                    await trio.sleep(SUSPENDED_SECONDS)
+            else:
+                return
+
+    def statistics(self) -> SenderStatistics:
+        now = trio.current_time()
+        return SenderStatistics(
+            accepted=self._accepted,
+            refused=self._refused,
+            ended=dict(self._ended),
+            running=self.running,
+            held=len(self.leases),
+            calls=self._calls,
+            failed_calls=self._failed_calls,
+            oldest_running_seconds=max((now - out.received for out in self._running.values()), default=0.0),
+            outbox=self._outbox.statistics(),
+        )
