@@ -52,6 +52,10 @@ class World:
         assert self.current is not None
         return self.current
 
+    async def forget_assignment(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self.remembered = None
+
     async def assignment(self) -> str | None:
         await trio.lowlevel.checkpoint()
         self.log.append("ask")
@@ -180,6 +184,7 @@ async def test_no_assignment_drains_stops_the_engine_and_lets_go_of_the_model(
     await trio.sleep(5)
     assert (w.take(), w.pins, w.paused) == (["ask", "drained", "engine None paused"], set(), False)
     assert w.service.model_state() is None
+    assert w.remembered is None, "the next start must not begin with it"
 
 
 async def test_under_a_tight_bound_the_engine_stops_where_the_cache_asks_for_it(

@@ -1,6 +1,8 @@
 """Frozen executable, local router in its own process, real vLLM on CPU. One engine serves most of it, in file order."""
 
+import json
 import re
+import shutil
 import signal
 import threading
 import time
@@ -217,6 +219,27 @@ def test_engine_killed_during_a_stream(ready: Stack, victim: tuple[str, ...]) ->
     until("the agent has seen it", lambda: ready.metric("xim_agent_engine_failures_total") > failures, 30)
     ready.wait_ready()
     assert ready.post("/v1/chat/completions", chat_body()).status_code == 200
+
+
+def test_another_model_is_assigned_and_embeds(ready: Stack, tmp_path: Path) -> None:
+    """The same weights as an embedding model: fetched while the old one serves, switched, and back again."""
+    other = tmp_path / "toy-embed"
+    shutil.copytree(ready.model, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaModel"]}))
+    data = ("--data", str(ready.data))
+    ready.cli("router", "model", "publish", str(other), "--name", "toy-embed", *data)
+    ready.cli("router", "assign", "toy-embed", *data)
+
+    def embeds() -> Any:
+        reply = ready.post("/v1/embeddings", {"model": "toy-embed", "input": "lighthouse"})
+        return reply.json()["data"][0]["embedding"] if reply.status_code == 200 else None
+
+    assert len(until("the embedding model answers", embeds, 180, 1)) == config["hidden_size"]
+    through = ready.client().embeddings.create(model="toy-embed", input="lighthouse")
+    assert through.data[0].embedding == pytest.approx(embeds())
+    ready.cli("router", "assign", "toy", *data)
+    until("the first model is back", lambda: ready.post("/v1/chat/completions", chat_body()).status_code == 200, 180, 1)
 
 
 def test_sigterm_during_a_stream_lets_it_finish(ready: Stack) -> None:

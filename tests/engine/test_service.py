@@ -10,7 +10,7 @@ import pytest
 import trio
 from fakes.engine import Bench, alive, shm, until
 
-from xim_agent.engine import planner, state
+from xim_agent.engine import planner, process, state
 from xim_agent.engine.client import EngineLost, connect
 from xim_agent.engine.service import EngineService
 from xim_agent.engine.state import EngineState
@@ -194,6 +194,23 @@ async def killed_in_a_stream_by_hang(service: EngineService, bench: Bench) -> No
         nursery.start_soon(hang)
         with pytest.raises(EngineLost):
             await chat(service, max_tokens=1000, fake={"delay": 0.01})
+
+
+async def test_an_idle_hang_is_found_by_the_canary(
+    bench: Bench, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch, error_logs: list[Any]
+) -> None:
+    monkeypatch.setattr(process, "CANARY_SECONDS", 0.5)
+    monkeypatch.setattr(state, "FIRST_DELAY", 0.05)
+    bench.settings["engine_hang_seconds"] = 1.0
+    service = bench.service()
+    await begin(service, nursery, bench)
+    await ready(service)
+    bench.say("hang")
+    await until(lambda: bool(error_logs))
+    bench.say("")
+    await ready(service)
+    assert len(bench.starts) == 2
+    await service.stop()
 
 
 async def test_a_saturated_engine_is_left_alone(bench: Bench, nursery: trio.Nursery) -> None:

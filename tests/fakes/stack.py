@@ -227,7 +227,7 @@ class Stack:
     def start_agent(self, **env: str) -> None:
         self.agent = self.start("agent", "run", **env)
 
-    def wait_ready(self, seconds: float = 180) -> None:
+    def wait_ready(self, seconds: float = 300) -> None:
         assert self.agent is not None
 
         def ready() -> bool:

@@ -113,6 +113,17 @@ def test_assigning_the_same_again_changes_nothing(tmp_path: Path) -> None:
         assert (newest.generation, newest.model.revision) == (2, "r2")
 
 
+def test_other_content_under_the_same_revision_is_a_new_generation(tmp_path: Path) -> None:
+    with Store.open(tmp_path) as store:
+        for content, generation in ((1, 1), (1, 1), (2, 2)):
+            row = catalog.Published("toy", "r1", "toy", f"sha256:{content:064}", 1, 1, "generate", 1.0)
+            catalog.register(store.db, row)
+            catalog.assign(store.db, "toy", None, None)
+            found = catalog.assignment(store.db, "any agent")
+            assert found is not None
+            assert (found.generation, found.model.manifest) == (generation, f"sha256:{content:064}")
+
+
 @pytest.mark.parametrize(
     ("architectures", "files", "task"),
     [

@@ -26,6 +26,7 @@ _TEMPORARY = {Action.RETRY, Action.REFRESH, Action.CLOCK, Action.WAIT}
 class Verifier(Protocol):
     async def verify_assignment(self, jws: str) -> Assignment: ...
     def remembered_assignment(self) -> Assignment | None: ...
+    async def forget_assignment(self) -> None: ...
 
 
 class AssignmentSource(Protocol):
@@ -120,7 +121,7 @@ class AssignmentService:
             await self._wait_due()
             try:
                 jws = await self._router.assignment()
-                wanted = await self._identity.verify_assignment(jws) if jws is not None else None
+                wanted = await self._wanted(jws)
             except RouterError as e:
                 await self._router_failed(e)
             except AgentError as e:
@@ -134,6 +135,12 @@ class AssignmentService:
                 else:
                     self._backoff.reset()
                 await self._handle(generation, wanted)
+
+    async def _wanted(self, jws: str | None) -> Assignment | None:
+        if jws is not None:
+            return await self._identity.verify_assignment(jws)
+        await self._identity.forget_assignment()
+        return None
 
     async def _wait_due(self) -> None:
         while not self._agenda.due(trio.current_time()):

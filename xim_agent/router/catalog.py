@@ -59,8 +59,22 @@ def task_of(config: Mapping[str, Any], files: Iterable[str]) -> str:
 
 
 def register(db: sqlite3.Connection, model: Published) -> None:
-    """Makes a published revision known; what was published under the same name and revision is replaced."""
-    db.execute("INSERT OR REPLACE INTO models VALUES(?, ?, ?, ?, ?, ?, ?, ?)", astuple(model))
+    """Makes a published revision known. Where it replaces another content, agents that have it assigned fetch again."""
+    key = (model.name, model.revision)
+    with transaction(db):
+        old = db.execute("SELECT manifest FROM models WHERE name=? AND revision=?", key).fetchone()
+        db.execute("INSERT OR REPLACE INTO models VALUES(?, ?, ?, ?, ?, ?, ?, ?)", astuple(model))
+        if old and old[0] != model.manifest:
+            changed = (_next_generation(db), *key)
+            db.execute("UPDATE assignments SET generation=? WHERE name=? AND revision=?", changed)
+
+
+def _next_generation(db: sqlite3.Connection) -> int:
+    """One counter for all agents: a generation names one assignment for ever. Inside a transaction."""
+    row = db.execute("SELECT value FROM settings WHERE key='generation'").fetchone()
+    generation = int(row[0]) + 1 if row else 1
+    db.execute("INSERT OR REPLACE INTO settings(key, value) VALUES('generation', ?)", (str(generation),))
+    return generation
 
 
 def models(db: sqlite3.Connection) -> list[Published]:
@@ -136,9 +150,7 @@ def assign(db: sqlite3.Connection, name: str, revision: str | None, agent_id: st
         old = row.fetchone()
         if old and old[:3] == (model.name, model.revision, json.dumps(serving)):
             return Assigned(model, serving, old[3])
-        counter = db.execute("SELECT value FROM settings WHERE key='generation'").fetchone()
-        generation = int(counter[0]) + 1 if counter else 1
-        db.execute("INSERT OR REPLACE INTO settings(key, value) VALUES('generation', ?)", (str(generation),))
+        generation = _next_generation(db)
         db.execute(
             "INSERT OR REPLACE INTO assignments(agent_id, name, revision, serving, generation) VALUES(?, ?, ?, ?, ?)",
             (who, model.name, model.revision, json.dumps(serving), generation),
