@@ -46,6 +46,8 @@ GB = 10**9
 
 # The guard of a killed agent keeps the lock until it has cleaned up, which takes it at most 10 s.
 LOCK_SECONDS = 15.0
+# A poll is held for 25 s at most.
+SILENT_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,12 @@ class Agent:
 
     def reasons(self) -> list[str]:
         """Why this agent is not ready: link up, engine proven, not draining; empty when it is."""
-        work = self.poller.statistics()
+        work, now = self.poller.statistics(), SystemClock().now()
         reasons = [] if work.link_up else ["link: the router has not answered the last poll"]
+        if work.link_up and now - (work.last_poll or now) > SILENT_SECONDS:
+            reasons.append("link: no poll was answered for a minute")
+        if (self.identity.statistics().token_expires or 0) < now:
+            reasons.append("identity: there is no valid token")
         if not self.engine.ready:
             reasons.append("engine: no model is proven to answer yet")
         if work.draining:

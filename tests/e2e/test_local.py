@@ -1,5 +1,6 @@
 """`local` of the frozen executable: router and agent in one tree, real vLLM."""
 
+import contextlib
 import re
 import signal
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from fakes.stack import Process, Stack, alive, until
+from fakes.stack import Process, Stack, alive, shared_memory, until
 
 pytestmark = pytest.mark.e2e
 
@@ -19,12 +20,13 @@ class Seen:
     def __init__(self, process: Process) -> None:
         self.process = process
         self.all: set[psutil.Process] = set()
+        self.shared: set[Path] = set()
 
     def look(self) -> bool:
-        try:
-            self.all |= set(self.process.family())
-        except psutil.NoSuchProcess:
-            pass
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family = self.process.family()
+            self.all |= set(family)
+            self.shared |= shared_memory(family)
         return self.process.popen.poll() is not None
 
 
@@ -43,13 +45,14 @@ def start(stack: Stack, *args: str) -> tuple[Process, Path]:
 
 def nothing_left(stack: Stack, seen: Seen) -> None:
     until(f"nothing is left of {seen.all}", lambda: not alive(list(seen.all)), 10)
+    assert not [path for path in seen.shared if path.exists()]
     assert not [path for path in (stack.root / "data").rglob("*") if path.is_socket()]
 
 
 def test_once_prints_the_answer_alone_then_serves_again(stack: Stack) -> None:
     process, out = start(stack, "--once", "Say something.")
     seen = Seen(process)
-    until("local --once ends", seen.look, 300)
+    until("local --once ends", seen.look, 300, 0.3)
     assert process.popen.returncode == 0, process.text[-4000:]
     answer = out.read_text()
     assert answer.strip()
@@ -58,7 +61,7 @@ def test_once_prints_the_answer_alone_then_serves_again(stack: Stack) -> None:
 
     process, out = start(stack)
     seen = Seen(process)
-    until("the answer to the first question", lambda: seen.look() or out.read_text().endswith("\n"), 300)
+    until("the answer to the first question", lambda: seen.look() or out.read_text().endswith("\n"), 300, 0.3)
     assert process.popen.poll() is None, process.text[-4000:]
     assert "fetching the model" not in process.text, "the cache has it"
     url = re.search(r"OpenAI base URL +(\S+)", process.text)

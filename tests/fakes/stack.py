@@ -1,5 +1,6 @@
-"""The real thing in processes: frozen executable, local router, real vLLM. Synchronous; used by the end-to-end tests."""
+"""The real thing in processes: frozen executable, local router, real vLLM. Synchronous, for the end-to-end tests."""
 
+import contextlib
 import json
 import os
 import re
@@ -8,7 +9,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +38,7 @@ def until(what: str, check: Callable[[], Any], seconds: float, every: float = 0.
 
 
 class Proxy:
-    """A TCP relay on loopback that can be cut: open connections are reset and new ones refused."""
+    """A TCP relay on loopback that can be cut: open connections end and new ones are refused."""
 
     def __init__(self, target: int) -> None:
         self.target = target
@@ -63,14 +64,8 @@ class Proxy:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         for s in list(self._pairs):
-            with_linger = b"\x01\x00\x00\x00\x00\x00\x00\x00"
-            try:
-                s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, with_linger)
+            with contextlib.suppress(OSError):
                 s.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
-            s.close()
-        self._pairs.clear()
 
     def _accept(self, listener: socket.socket) -> None:
         while True:
@@ -83,8 +78,16 @@ class Proxy:
             except OSError:
                 return
             self._pairs |= {near, far}
-            for a, b in ((near, far), (far, near)):
-                threading.Thread(target=self._relay, args=(a, b), daemon=True).start()
+            threading.Thread(target=self._both, args=(near, far), daemon=True).start()
+
+    def _both(self, near: socket.socket, far: socket.socket) -> None:
+        back = threading.Thread(target=self._relay, args=(far, near), daemon=True)
+        back.start()
+        self._relay(near, far)
+        back.join()
+        self._pairs -= {near, far}
+        near.close()
+        far.close()
 
     def _relay(self, source: socket.socket, sink: socket.socket) -> None:
         try:
@@ -93,10 +96,8 @@ class Proxy:
             sink.shutdown(socket.SHUT_WR)
         except OSError:
             for s in (source, sink):
-                try:
+                with contextlib.suppress(OSError):
                     s.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass
 
 
 @dataclass
@@ -142,6 +143,18 @@ def alive(family: list[psutil.Process]) -> list[str]:
         except psutil.NoSuchProcess:
             continue
     return left
+
+
+def shared_memory(family: Iterable[psutil.Process]) -> set[Path]:
+    """Files in /dev/shm that these processes have mapped."""
+    found: set[Path] = set()
+    for process in family:
+        try:
+            maps = Path(f"/proc/{process.pid}/maps").read_text(errors="replace")
+        except OSError:
+            continue
+        found |= {Path(path) for path in re.findall(r"/dev/shm/\S+", maps)}
+    return found
 
 
 @dataclass
@@ -250,7 +263,7 @@ class Stack:
 
     def post(self, path: str, body: dict[str, Any]) -> httpx.Response:
         return httpx.post(
-            self.url + path, json=body, headers={"Authorization": f"Bearer {self.api_key}"}, timeout=60
+            self.url + path, json=body, headers={"Authorization": f"Bearer {self.api_key}"}, timeout=90
         )
 
     def direct(self, path: str, body: dict[str, Any]) -> httpx.Response:
@@ -266,9 +279,11 @@ class Stack:
     def stop_agent(self, seconds: float = 60) -> int:
         assert self.agent is not None
         family = self.agent.family()
+        shared = shared_memory(family)
         self.agent.popen.send_signal(signal.SIGTERM)
         code = self.agent.wait(seconds)
         until(f"no process left of {alive(family)}", lambda: not alive(family), 10)
+        assert not [path for path in shared if path.exists()]
         self.agent = None
         return code
 
@@ -285,10 +300,8 @@ class Stack:
 
 
 def with_kill(process: psutil.Process) -> None:
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess):
         process.kill()
-    except psutil.NoSuchProcess:
-        pass
 
 
 def stream_lines(response: httpx.Response) -> Iterator[dict[str, Any] | str]:

@@ -1,13 +1,11 @@
 """Router and agent in one tree: the try-out. The same parts and the same protocol over loopback as in two processes."""
 
 import json
+import logging
 import os
 import re
 import socket
-import sys
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 
 import click
 
+from xim_agent.cli.ask import ask
 from xim_agent.cli.common import configured
 from xim_agent.cli.options import AgentCommand
 from xim_agent.cli.progress import Display, bytes_text
@@ -23,7 +22,7 @@ from xim_agent.errors import AgentError, Exit
 
 QUESTION = "What is the capital of France? Answer in one sentence."
 _DEFAULT_PORT = 8080
-_FIXED = {"join_key", "join_key_file", "router_url", "allow_insecure", "config_path"}
+_FIXED = {"join_key", "join_key_file", "router_url", "allow_insecure", "config_path", "name"}
 
 
 @dataclass(frozen=True)
@@ -59,44 +58,22 @@ def _served_name(model: Path) -> str:
     return name[:128] or "model"
 
 
-async def _answer(url: str, key: str, model: str, prompt: str) -> AsyncGenerator[str, None]:
-    """The pieces of the answer as they come. Raises AgentError with the server's words when there is none."""
-    import httpx
-
-    body = {"model": model, "messages": [{"role": "user", "content": prompt}], "stream": True, "temperature": 0}
-    headers = {"Authorization": f"Bearer {key}"}
-    async with (
-        httpx.AsyncClient(trust_env=False, timeout=httpx.Timeout(10, read=300)) as client,
-        client.stream("POST", f"{url}/v1/chat/completions", json=body, headers=headers) as reply,
-    ):
-        if reply.status_code != 200:
-            text = (await reply.aread()).decode(errors="replace")
-            raise AgentError("no_answer", f"{reply.status_code} from {url}: {text[:500]}", exit_code=1)
-        async for line in reply.aiter_lines():
-            data = line.removeprefix("data: ")
-            if data == line or data == "[DONE]":
-                continue
-            event = json.loads(data)
-            if "error" in event:
-                raise AgentError("no_answer", str(event["error"].get("message", event["error"])), exit_code=1)
-            for choice in event["choices"]:
-                yield choice["delta"].get("content") or ""
-
-
-async def _ask(url: str, key: str, model: str, prompt: str) -> None:
-    async with aclosing(_answer(url, key, model, prompt)) as pieces:
-        async for piece in pieces:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-    sys.stdout.write("\n")
-    sys.stdout.flush()
-
-
 async def _until_ready(made: Any, display: Display) -> None:
-    """Shows what the agent does until its engine is proven. Cancelled when the agent ends."""
+    """Shows what the agent does until its engine is proven. Cancelled when the agent ends.
+
+    Raises AgentError when this model will not be served without somebody doing something.
+    """
     import trio
 
+    said: set[str] = set()
     while not made.engine.ready:
+        for condition in made.health.conditions():
+            hint = made.health.hints.get(condition.code, "")
+            if condition.code == "model_refused" or (condition.code == "engine_failed" and made.engine.degraded):
+                raise AgentError(condition.code, condition.text, hint=hint, exit_code=1)
+            if condition.text not in said:
+                said.add(condition.text)
+                display.say(f"{condition.text} [{condition.code}]" + (f"; {hint}" if hint else ""))
         progress = made.assignment.progress or made.engine.progress
         if not made.identity.statistics().enrolled:
             display.show("enrolling")
@@ -108,9 +85,6 @@ async def _until_ready(made: Any, display: Display) -> None:
             detail = bytes_text(progress.done, progress.total, progress.rate)
             title = "fetching the model" if progress.stage == "fetch" else "verifying the model"
             display.show(title, done=progress.done, total=progress.total, detail=detail)
-        for condition in made.health.conditions():
-            if condition.code.startswith("engine"):
-                display.say(f"{condition.text} [{condition.code}]")
         await trio.sleep(0.2)
 
 
@@ -140,8 +114,8 @@ def _publish(options: Options, display: Display) -> Any:
     return published
 
 
-async def _agent(config: Any, guard: Any, stop: Any, task_status: Any) -> None:
-    """The whole life of the agent; reports its parts once its tree runs."""
+async def _agent(config: Any, guard: Any, stop: Any, over: Any, *, task_status: Any) -> None:
+    """The whole life of the agent; reports its parts once its tree runs, and cancels the scope `over` at its end."""
     import trio
 
     from xim_agent import agent
@@ -150,6 +124,7 @@ async def _agent(config: Any, guard: Any, stop: Any, task_status: Any) -> None:
     async with assemble(config, guard) as made, trio.open_nursery() as nursery:
         await nursery.start(partial(agent.run, made.parts, stop=stop))
         task_status.started(made)
+    over.cancel()
 
 
 async def _session(options: Options, config: Any, guard: Any) -> int:
@@ -161,8 +136,9 @@ async def _session(options: Options, config: Any, guard: Any) -> int:
 
     stop, answered = trio.Event(), False
     with Display() as display:
-        published = await trio.to_thread.run_sync(_publish, options, display)
         port = _listen_port(options.port)
+        # Left behind by Ctrl-C: what a cut publish leaves is found by the next one.
+        published = await trio.to_thread.run_sync(_publish, options, display, abandon_on_cancel=True)
         with Store.open(options.data / "router") as store:
             async with trio.open_nursery() as router:
                 (url, *_) = await router.start(partial(serve, make_app(store), f"127.0.0.1:{port}"))
@@ -173,12 +149,7 @@ async def _session(options: Options, config: Any, guard: Any) -> int:
                 api_key = catalog.create_api_key(store.db, "local", now)
                 config = replace(config, join_key=join_key, router_url=url)
                 async with trio.open_nursery() as tree:
-
-                    async def life(*, task_status: Any) -> None:
-                        await _agent(config, guard, stop, task_status)
-                        tree.cancel_scope.cancel()
-
-                    made = await tree.start(life)
+                    made = await tree.start(partial(_agent, config, guard, stop, tree.cancel_scope))
                     await _until_ready(made, display)
                     display.finish()
                     answered = await _use(options, published, url, api_key)
@@ -191,14 +162,14 @@ async def _session(options: Options, config: Any, guard: Any) -> int:
 async def _use(options: Options, published: Any, url: str, key: str) -> bool:
     """The one question of `--once`, or the welcome and a first question. True when there was an answer."""
     if options.once is not None:
-        await _ask(url, key, published.name, options.once)
+        await ask(url, key, published.name, options.once)
         return True
     click.echo(_welcome(url, key, published.name), err=True)
     if published.task != "generate":
         return True
     click.echo(f"> {QUESTION}", err=True)
     try:
-        await _ask(url, key, published.name, QUESTION)
+        await ask(url, key, published.name, QUESTION)
     except AgentError as error:
         # Not every model can chat; the try-out goes on, and what failed is seen.
         click.echo(f"the model did not answer: {error.message}", err=True)
@@ -239,7 +210,13 @@ def command(model: Path, once: str | None, port: int | None, data: Path | None, 
         "metrics_port": "0",
         "log_level": "warning",
     }
+    for option in OPTIONS:
+        if option.attr in _FIXED:
+            os.environ.pop(option.env, None)  # an agent set up on this machine keeps its own state and credential
     config = configured(flags, defaults)
+    if config.log_level == "warning":
+        # vLLM warns about much that nobody can change; its errors stay.
+        logging.getLogger("xim_agent.engine.vllm").setLevel(logging.ERROR)
 
     from xim_agent.engine.guard import Guard, die_with_parent
 

@@ -51,10 +51,10 @@ def guarded(action: Callable[[], Any]) -> int:
     """Runs `action`; its int result is the exit code, anything else 0."""
     try:
         result = action()
-    except BrokenPipeError:
-        # The reader of our output went away (`| head`); the interpreter's flush at exit must not complain again.
-        sys.stdout = None
-        return Exit.OK
     except (Exception, KeyboardInterrupt) as error:
+        if all(isinstance(leaf, BrokenPipeError) for leaf in leaves(error)):
+            # The reader of our output went away (`| head`); the interpreter's flush at exit must not complain again.
+            sys.stdout = None
+            return Exit.OK
         return int(code_of(error))
     return result if isinstance(result, int) else Exit.OK

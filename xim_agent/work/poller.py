@@ -157,6 +157,7 @@ class Poller:
         sent_at = trio.current_time()
         reply: PollReply | None = None
         self._told = view
+        self._announce(view.phase, request.model)
         try:
             with trio.CancelScope() as self._scope, self._link.call("poll"):
                 reply = await self._router.poll(request)
@@ -170,7 +171,6 @@ class Poller:
             self._suspended = False
             self._health.clear("agent_suspended")
         self._last_poll = self._clock.now()
-        self._announce(view.phase, request.model)
         self._clone_refusals = 0
         if self._last_poll > self._clone_seen + CLONE_SECONDS:
             self._health.clear("identity_in_use")
@@ -223,7 +223,7 @@ class Poller:
                 work.start_soon(serve, lease, out, self._engine, self._router, name=f"lease {lease.id}")
 
     def _announce(self, phase: Phase, model: ModelState | None) -> None:
-        """`ready` is what operators wait for: the router knows that work is wanted from now on."""
+        """`ready` is what operators wait for: from this poll on the router may give work."""
         if phase == "ready" != self._announced:
             log.info("ready", extra={"model": model.id if model else None, "ceiling": self._engine.ceiling})
         self._announced = phase
