@@ -8,7 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
+# Machines are noisy, and a test is never timed.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 sys.path.insert(0, str(Path(__file__).parent))  # `from fakes.x import …`
 
 

@@ -18,6 +18,7 @@ from xim_agent import PROTOCOL, __version__, agent
 from xim_agent.assignment.service import AssignmentService
 from xim_agent.cache.service import Cache
 from xim_agent.clock import Clock, SystemClock
+from xim_agent.config import sources
 from xim_agent.config.config import describe
 from xim_agent.config.fields import Config
 from xim_agent.config.paths import runtime_directory
@@ -27,7 +28,7 @@ from xim_agent.errors import AgentError, leaves
 from xim_agent.hardware.probe import probe
 from xim_agent.hardware.report import Hardware, report
 from xim_agent.health import Health
-from xim_agent.identity.join_key import JoinKey
+from xim_agent.identity.join_key import JoinKey, parse_router_url
 from xim_agent.identity.service import IdentityService
 from xim_agent.identity.store import LOCK, StateStore
 from xim_agent.mesh.client import RouterClient
@@ -109,8 +110,8 @@ def make_identity(
         transport=router,
         clock=SystemClock(),
         health=health,
-        join_key=JoinKey.parse(config.join_key) if config.join_key else None,
-        router_url=config.router_url,
+        join_key=lambda: JoinKey.parse(text) if (text := sources.join_key(config)) else None,
+        router_url=parse_router_url(config.router_url) if config.router_url else None,
         agent_info=agent_info(config),
         hardware=lambda: report(hardware, cache_bytes=int(config.model_cache_max_size_gb * GB)),
         max_concurrent=config.max_concurrent,
@@ -200,7 +201,7 @@ def _wire(
         changed=changed,
     )
     boot = secrets.token_urlsafe(12)
-    link = Link(health=health)
+    link = Link(health=health, unreachable=identity.unreachable)
     sender = Sender(router=router, boot=boot, link=link, spool=Spool(config.config_path / "spool"))
     poller = Poller(
         router=router,

@@ -18,13 +18,13 @@ _planted: set[str] = set()
 
 
 def hide(secret: str | None) -> None:
-    """From now on `secret` (at least 6 characters) is shown as *** wherever it turns up in a line."""
+    """From now on `secret` (at least 6 characters) is shown as *** wherever it turns up in a line, as JSON too."""
     if secret and len(secret) >= 6:
-        _planted.add(secret)
+        _planted.update({secret, json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]})
 
 
 def redact(text: str) -> str:
-    for secret in _planted:
+    for secret in sorted(_planted, key=len, reverse=True):  # one may be a part of another
         if secret in text:
             text = text.replace(secret, "***")
     return _SECRET.sub("***", text)
@@ -32,6 +32,17 @@ def redact(text: str) -> str:
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:
     return {k: v for k, v in record.__dict__.items() if k not in _STANDARD}
+
+
+def _clean(value: Any) -> Any:
+    """Redacted before it is encoded: an escape sequence may end in a letter that hides where a secret begins."""
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, dict):
+        return {redact(str(k)): _clean(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_clean(v) for v in value]
+    return redact(str(value))
 
 
 class ConsoleFormatter(logging.Formatter):
@@ -43,7 +54,7 @@ class ConsoleFormatter(logging.Formatter):
         level = f"{record.levelname.lower():<7}"
         if self.colour:
             level = f"\x1b[{_COLOUR.get(record.levelname, '0')}m{level}\x1b[0m"
-        extra = "".join(f" {k}={v}" for k, v in _fields(record).items())
+        extra = "".join(f" {k}={v}" for k, v in _clean(_fields(record)).items())
         when = time.strftime("%H:%M:%S", time.localtime(record.created))
         line = f"{when} {level} {record.name.removeprefix('xim_agent.')}: {record.getMessage()}{extra}"
         if record.exc_info:
@@ -62,7 +73,7 @@ class JsonFormatter(logging.Formatter):
         row.update(_fields(record))
         if record.exc_info:
             row["traceback"] = self.formatException(record.exc_info)
-        return redact(json.dumps(row, ensure_ascii=False, default=str))
+        return json.dumps(_clean(row), ensure_ascii=False)
 
 
 def set_level(level: str) -> None:

@@ -43,7 +43,12 @@ _EXIT: Mapping[Action, Exit] = {
     Action.REMOVED: Exit.REMOVED,
     Action.PROTOCOL: Exit.PROTOCOL,
     Action.CLONE: Exit.ALREADY_RUNNING,
+    Action.FINAL: Exit.CONFIG,
 }
+CODES = frozenset(code for _, code in _BY_CODE) | {
+    *("dpop_url", "invalid_request", "lease_unknown", "method_not_allowed", "not_found", "request_too_large"),
+}
+NOT_A_ROUTER = "check that the URL is that of a XIM router"
 
 
 def classify(status: int | None, code: str | None) -> Action:
@@ -71,8 +76,12 @@ class RouterError(AgentError):
         hint: str = "",
     ) -> None:
         self.action = classify(status, code)
-        super().__init__(code, message, hint=hint, exit_code=_EXIT.get(self.action, Exit.BUG))
+        super().__init__(code, message, hint=hint, exit_code=_EXIT.get(self.action, Exit.NO_ROUTER))
         self.status = status
         self.problem = dict(problem or {})
         self.retry_after = retry_after
         self.date_skew = date_skew
+
+    def retry(self) -> None:
+        """What could be done about it was done: from now on it is of the retry class."""
+        self.action, self.exit_code = Action.RETRY, int(Exit.NO_ROUTER)

@@ -32,6 +32,7 @@ class World:
     refused: dict[str, AgentError] = field(default_factory=dict)
     slow: dict[str, float] = field(default_factory=dict)
     tight: bool = False
+    disk_full: bool = False
     drain_seconds: float = 0.0
     log: list[str] = field(default_factory=list)
     pins: set[str] = field(default_factory=set)
@@ -54,6 +55,8 @@ class World:
 
     async def forget_assignment(self) -> None:
         await trio.lowlevel.checkpoint()
+        if self.disk_full:
+            raise AgentError("state_write_failed", "no space left on device")
         self.remembered = None
 
     async def assignment(self) -> str | None:
@@ -298,6 +301,15 @@ async def test_a_router_that_hands_out_another_generation_than_it_names_is_not_a
     w.service.generation_seen(9)
     await trio.sleep(300)
     assert 5 < len(w.take()) < 20
+
+
+async def test_no_model_is_obeyed_though_it_cannot_be_written_down(start: Any, autojump_clock: MockClock) -> None:
+    w = await start(World(remembered=assignment(1), disk_full=True))
+    w.service.generation_seen(0)
+    await trio.sleep(5)
+    assert w.take()[-2:] == ["drained", "engine None paused"]
+    assert w.service.model_state() is None
+    assert w.health.conditions() == []
 
 
 @pytest.mark.parametrize(

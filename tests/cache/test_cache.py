@@ -11,6 +11,7 @@ import msgspec
 import pytest
 from fakes.models import blob_of, done_in, flip, hold, long, shifted, short, status
 
+from xim_agent.cache import codec
 from xim_agent.cache.manifest import ManifestRefused
 from xim_agent.cache.plan import CacheRefused
 from xim_agent.cache.service import Cache
@@ -155,7 +156,7 @@ async def test_a_model_that_does_not_fit_is_refused_before_the_first_chunk(
     assert not server.asked
 
 
-async def test_damaged_chunks_in_the_store_are_put_aside_and_fetched_again(
+async def test_a_damaged_chunk_in_the_store_is_fetched_again(
     open_cache: Open, model: ModelRef, server: Any, published: Any, model_files: Path, same_tree: SameTree
 ) -> None:
     digest = blob_of(published, "model.safetensors")
@@ -168,7 +169,7 @@ async def test_damaged_chunks_in_the_store_are_put_aside_and_fetched_again(
         cache.store.blob(digest).write_bytes(data)
     async with open_cache() as cache:
         same_tree(await cache.ensure(model, ignore), model_files)
-        assert (cache.store.root / "quarantine" / digest).exists()
+        assert codec.verified(cache.store.blob(digest).read_bytes(), digest)
     assert server.times()[digest] == 2
 
 
@@ -215,6 +216,31 @@ async def test_an_unknown_format_is_left_alone(open_cache: Open, tmp_path: Path)
     with pytest.raises(AgentError, match="'2'"):
         async with open_cache():
             pass
+
+
+@pytest.mark.parametrize("broken", ["FORMAT", "index.sqlite", "lock"])
+async def test_a_directory_that_cannot_be_used_is_named(open_cache: Open, tmp_path: Path, broken: str) -> None:
+    root = tmp_path / "cache"
+    (root / broken).mkdir(parents=True)
+    with pytest.raises(AgentError, match=str(root)) as e:
+        async with open_cache():
+            pass
+    assert (e.value.code, e.value.exit_code) == ("cache_directory", 77)
+
+
+async def test_an_index_that_is_not_damaged_is_never_deleted(open_cache: Open, tmp_path: Path) -> None:
+    root = tmp_path / "cache"
+    root.mkdir()
+    db = sqlite3.connect(root / "index.sqlite")
+    db.execute("CREATE TABLE other(x)")
+    db.close()
+    (root / "index.sqlite-journal").mkdir()  # SQLite cannot write
+    before = (root / "index.sqlite").read_bytes()
+    with pytest.raises(AgentError) as e:
+        async with open_cache():
+            pass
+    assert e.value.code == "cache_directory"
+    assert (root / "index.sqlite").read_bytes() == before
 
 
 async def test_ready_directories_without_their_marker_are_no_models(open_cache: Open, model: ModelRef) -> None:

@@ -11,6 +11,7 @@ import pytest
 import trio
 from fakes.models import blob_of, cut, done_in, flip, hold, ignore_range
 
+from xim_agent.cache.files import remove_tree
 from xim_agent.cache.service import Cache
 from xim_agent.errors import AgentError
 from xim_agent.mesh.messages import ModelRef, Progress
@@ -70,6 +71,22 @@ async def test_chunks_are_streamed_through_where_they_do_not_fit_beside_the_file
         same_tree(await cache.ensure(model, ignore), model_files)
         assert not [p for p in (cache.store.root / "blobs").rglob("*") if p.is_file()]
         assert disk_usage(cache.store.root) == cache.statistics().bytes_used <= TIGHT
+
+
+async def test_damaged_chunks_do_not_break_the_bound(
+    open_cache: Open, model: ModelRef, server: Any, model_files: Path, same_tree: SameTree, disk_usage: Any
+) -> None:
+    bound = 80_000_000  # files and chunks (69 MB) and what is kept free for compile caches, not chunks twice
+    async with open_cache() as cache:
+        remove_tree(await cache.ensure(model, ignore))
+        for path in (cache.store.root / "blobs").glob("*/*"):
+            path.write_bytes(b"\0" + path.read_bytes()[1:])
+    server.asked.clear()
+    async with open_cache(max_bytes=bound) as cache:
+        same_tree(await cache.ensure(model, ignore), model_files)
+        assert set(server.times().values()) == {1}
+        assert len(list((cache.store.root / "blobs").glob("*/*"))) == len(server.asked)
+        assert disk_usage(cache.store.root) == cache.statistics().bytes_used <= bound
 
 
 async def test_stored_chunks_are_eaten_where_they_do_not_fit_beside_the_files(

@@ -58,6 +58,15 @@ def test_a_line_whose_bytes_are_gone_does_not_count(tmp_path: Path) -> None:
     assert Partial(tmp_path / "p", MANIFEST).done == set()
 
 
+def test_what_a_crash_left_half_written_goes(tmp_path: Path) -> None:
+    partial = Partial(tmp_path / "p", MANIFEST)
+    partial.write(1, 0, b"small")
+    for left in ("p/.tmp-1", "p/files/.tmp-2"):
+        (tmp_path / left).write_bytes(b"half")
+    assert Partial(tmp_path / "p", MANIFEST).done == {(1, 0)}
+    assert {p.name for p in (tmp_path / "p").rglob("*")} == {"files", "journal", "small"}
+
+
 @pytest.fixture
 def make_fetch(tmp_path: Path) -> Any:
     store = Store.open(tmp_path / "cache")

@@ -98,6 +98,13 @@ async def test_a_cut_at_99_percent_costs_one_percent(autojump_clock: MockClock) 
     assert w.trouble == ["cut", None]
 
 
+@pytest.mark.parametrize("end", [RouterError("connection_lost", "cut"), 3600], ids=["cut", "silence"])
+async def test_a_whole_blob_whose_reply_does_not_end_cleanly_is_whole(autojump_clock: MockClock, end: Any) -> None:
+    w = World(Scripted([reply(BLOB, end)]))
+    assert await w.get() == BLOB
+    assert (w.source.offsets, w.done, w.trouble) == ([0], 100, [])
+
+
 async def test_a_range_answered_with_200_starts_over(autojump_clock: MockClock) -> None:
     w = World(Scripted([reply(BLOB[:60], RouterError("x", "cut")), reply(BLOB[:30], BLOB[30:])]))
     assert await w.get() == BLOB

@@ -1,5 +1,6 @@
 import io
 import logging
+from pathlib import Path
 
 import click
 import pytest
@@ -75,3 +76,18 @@ def test_no_secret_reaches_a_line(form: str) -> None:
     out.write(formatter.format(record))
     for secret in ("eyJ2IjoxfQ", "planted-secret", "eyJzdWIi", "abcdef"):
         assert secret not in out.getvalue()
+
+
+@pytest.mark.parametrize("form", ["console", "json"])
+def test_no_secret_hides_behind_an_escape(form: str) -> None:
+    log.hide('sec"ret\\\u00fc')
+    values = {
+        "a": ["x\nxrt_abcdef", {"k": 'sec"ret\\\u00fc'}],
+        "b": '{"v": "sec\\"ret\\\\\\u00fc"}',
+        "c": Path("/a\txrt_abcdef"),
+    }
+    record = logging.makeLogRecord({"name": "xim_agent.x", "msg": "line\nxrt_abcdef", "levelname": "INFO", **values})
+    formatter = log.ConsoleFormatter(False) if form == "console" else log.JsonFormatter()
+    line = formatter.format(record)
+    assert "abcdef" not in line
+    assert "ret" not in line.replace("xrt_", "")

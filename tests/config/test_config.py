@@ -95,9 +95,29 @@ def test_systemd_credential(tmp_path: Path) -> None:
 
 def test_unreadable_secret_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(AgentError) as caught:
-        sources.load({"join_key_file": str(tmp_path / "none")}, {})
+        sources.load({"vllm_salt_secret_file": str(tmp_path / "none")}, {})
     assert str(tmp_path / "none") in caught.value.message
     assert caught.value.exit_code == Exit.CONFIG
+
+
+def test_a_join_key_file_matters_only_when_the_key_is_asked_for(tmp_path: Path) -> None:
+    file = tmp_path / "join-key"
+    for path in (file, tmp_path):
+        config = sources.load({}, {PREFIX + "JOIN_KEY_FILE": str(path)})
+        with pytest.raises(AgentError) as caught:
+            sources.join_key(config)
+        assert (caught.value.code, caught.value.exit_code) == ("secret_unreadable", Exit.CONFIG)
+        assert f"cannot read {path}:" in caught.value.message
+    file.write_bytes(b"\xff")
+    config = sources.load({}, {"CREDENTIALS_DIRECTORY": str(tmp_path)})
+    with pytest.raises(AgentError, match="not text"):
+        sources.join_key(config)
+    file.write_text(" xjk_late_KEY\n")
+    assert sources.join_key(config) == "xjk_late_KEY"
+    file.write_text("\n")
+    assert sources.join_key(config) is None
+    assert sources.join_key(sources.load({}, {})) is None
+    assert sources.join_key(sources.load({"join_key": "xjk_a_b"}, {})) == "xjk_a_b"
 
 
 def test_unknown_variable_names_the_nearest() -> None:

@@ -146,6 +146,12 @@ class Agent:
         self.rand = rand
         self.health = Health(now=self.clock.now)
         self.router_url: str | None = None
+        self.key_error: AgentError | None = None
+
+    def ask_join_key(self) -> JoinKey | None:
+        if self.key_error is not None:
+            raise self.key_error
+        return self.join_key
 
     def start(self) -> IdentityService:
         return IdentityService(
@@ -153,7 +159,7 @@ class Agent:
             transport=self.router,
             clock=self.clock,
             health=self.health,
-            join_key=self.join_key,
+            join_key=self.ask_join_key,
             router_url=self.router_url,
             agent_info={"name": "box", "version": "0", "os": "linux", "arch": "x86_64", "hostname": "box"},
             hardware=lambda: {"accelerator": "cpu"},

@@ -85,6 +85,23 @@ async def test_disk_full_after_the_router_committed(agent: Agent, router: Router
     await running(service, body)
 
 
+async def test_disk_full_for_longer_than_the_token_lives(agent: Agent, router: Router, autojump_clock: Any) -> None:
+    await agent.start().enroll_once()
+    service = agent.start()
+
+    async def body() -> None:
+        agent.store.fail = True
+        await some_hours()
+        assert agent.codes == {"identity_failing"}
+        router.db.execute("UPDATE agents SET family_revoked = 1")
+        await trio.sleep(600)  # enrolling again meets the same disk
+        agent.store.fail = False
+        await service.wait_bearer()
+        assert not agent.codes
+
+    await running(service, body)
+
+
 async def test_disk_full_at_the_first_start_ends_it(agent: Agent, autojump_clock: Any) -> None:
     agent.store.fail = True
     with pytest.raises(AgentError) as caught:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from xim_agent.errors import AgentError
 from xim_agent.identity.join_key import JoinKey, parse_router_url
 from xim_agent.identity.jose import b64u
+from xim_agent.log import redact
 
 PIN = b64u(b"p" * 32)
 SECRET = b"s" * 32
@@ -70,6 +71,12 @@ def test_malformed_key_is_exit_78(bad: str) -> None:
     with pytest.raises(AgentError) as caught:
         JoinKey.parse(bad)
     assert (caught.value.code, caught.value.exit_code) == ("join_key_malformed", 78)
+
+
+def test_what_the_key_should_look_like_is_not_cut_out_of_the_log() -> None:
+    with pytest.raises(AgentError) as caught:
+        JoinKey.parse("xjk")
+    assert "xjk_<slug>_<payload>" in redact(caught.value.message)
 
 
 def test_another_version_needs_a_newer_agent() -> None:

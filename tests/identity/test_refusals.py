@@ -8,6 +8,7 @@ import trio.testing
 from fakes.identity import URL, Agent, Router, running, some_hours, until
 
 from xim_agent.errors import AgentError
+from xim_agent.outcome import NOT_A_ROUTER, RouterError
 
 
 async def test_both_refused_without_a_join_key_is_exit_11(agent: Agent, router: Router, autojump_clock: Any) -> None:
@@ -103,6 +104,19 @@ async def test_wrong_url_is_named_with_both(agent: Agent, router: Router, autoju
     assert caught.value.exit_code == 78
     assert "10.0.0.9" in caught.value.message
     assert URL in caught.value.message
+
+
+async def test_what_is_no_router_is_a_matter_of_configuration(
+    agent: Agent, router: Router, autojump_clock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def not_found(*call: Any) -> dict[str, Any]:
+        await trio.lowlevel.checkpoint()
+        raise RouterError("http_404", "POST https://shop.example/v1/enroll: 404 http_404", status=404)
+
+    monkeypatch.setattr(router, "enroll", not_found)
+    with pytest.raises(AgentError) as caught:
+        await agent.start().enroll_once()
+    assert (caught.value.exit_code, caught.value.hint) == (78, NOT_A_ROUTER)
 
 
 async def test_router_of_another_protocol_is_exit_13(

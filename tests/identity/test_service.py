@@ -8,7 +8,7 @@ import pytest
 import trio
 import trio.testing
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from fakes.identity import OTHER, URL, Agent, Router, assignment, running, until
+from fakes.identity import OTHER, URL, Agent, Router, assignment, running, some_hours, until
 
 from xim_agent.errors import AgentError
 from xim_agent.identity.claims import TokenRefused, UnknownKid
@@ -94,6 +94,42 @@ async def test_next_start_refreshes_and_ignores_the_stale_join_key(
     assert "join key ignored: this agent is enrolled" in caplog.messages
 
 
+NO_KEY = AgentError("secret_unreadable", "cannot read /etc/key", exit_code=78)
+
+
+async def test_a_join_key_that_cannot_be_read_is_no_matter_while_the_credential_works(
+    agent: Agent, router: Router, autojump_clock: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    await agent.start().enroll_once()
+    agent.key_error = NO_KEY
+    service = agent.start()
+
+    async def body() -> None:
+        await service.wait_bearer()
+        await until(lambda: service.statistics().refreshes)
+
+    await running(service, body)
+    assert [line for line in caplog.messages if "/etc/key" in line] == [
+        "join key ignored, this agent is enrolled: cannot read /etc/key"
+    ]
+    await agent.start().enroll_once()
+    router.db.execute("UPDATE agents SET family_revoked = 1")
+    with pytest.raises(AgentError) as caught:
+        await running(agent.start(), some_hours)
+    assert caught.value is NO_KEY
+
+
+async def test_a_join_key_that_cannot_be_read_ends_the_first_start(
+    agent: Agent, router: Router, autojump_clock: Any
+) -> None:
+    agent.key_error = NO_KEY
+    for attempt in (agent.start().enroll_once, agent.start().run):
+        with pytest.raises(AgentError) as caught:
+            await attempt()
+        assert caught.value is NO_KEY
+    assert router.enrolls == 0
+
+
 async def test_enroll_command_tries_each_router_once(agent: Agent, router: Router, autojump_clock: Any) -> None:
     router.down = {URL, OTHER}
     with pytest.raises(AgentError) as caught:
@@ -104,7 +140,7 @@ async def test_enroll_command_tries_each_router_once(agent: Agent, router: Route
     service = agent.start()
     await service.enroll_once()
     assert (await service.wait_bearer()).router == OTHER
-    service.unreachable(OTHER)
+    service.unreachable()
     assert (await service.wait_bearer()).router == URL
 
 

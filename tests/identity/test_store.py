@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import sys
@@ -9,10 +10,17 @@ import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fakes.identity import Agent, Router
 
+from xim_agent.assemble import make_identity
+from xim_agent.clock import SystemClock
+from xim_agent.config.fields import Config
 from xim_agent.errors import AgentError
+from xim_agent.hardware.probe import probe
+from xim_agent.health import Health
 from xim_agent.identity import jose
 from xim_agent.identity.rotation import State
+from xim_agent.identity.service import IdentityService
 from xim_agent.identity.store import FILE, StateStore
+from xim_agent.mesh.client import RouterClient
 
 OTHER = """
 import sys
@@ -167,6 +175,34 @@ async def test_failed_write_keeps_the_old_state(directory: Path) -> None:
             await store.save(state())
         assert (caught.value.code, caught.value.exit_code) == ("state_write_failed", 77)
         assert store.load() == first
+
+
+async def test_settings_are_judged_when_wired(directory: Path) -> None:
+    """The router's URL at once and made plain; the join key only when it is needed."""
+    clock, hardware = SystemClock(), await probe()
+    async with RouterClient(insecure=False, clock=clock, on_skew=lambda skew: None) as client:
+        with StateStore.open(directory) as store:
+
+            def made(**settings: str) -> IdentityService:
+                return make_identity(Config(**settings), store, client, Health(clock.now), hardware)  # type: ignore[arg-type]
+
+            service = made(router_url=" https://r.example:8443/ ", join_key="xjk_bad")
+            assert service._override == ("https://r.example:8443",)
+            with pytest.raises(AgentError) as caught:
+                await service.enroll_once()
+            assert (caught.value.code, caught.value.exit_code) == ("join_key_malformed", 78)
+            with pytest.raises(AgentError) as caught:
+                made(router_url="r.example")
+            assert (caught.value.code, caught.value.exit_code) == ("router_url_malformed", 78)
+
+
+def test_a_pid_that_cannot_be_written_is_no_matter(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*call: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with StateStore.open(directory), pytest.raises(AgentError, match="pid unknown"):
+        StateStore.open(directory)
 
 
 def test_links_are_not_followed(directory: Path, tmp_path: Path) -> None:

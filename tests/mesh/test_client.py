@@ -3,15 +3,16 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 import zstandard
 from msgspec import Raw
 
 from xim_agent.errors import AgentError
-from xim_agent.mesh import codec
+from xim_agent.mesh import codec, failures
 from xim_agent.mesh.messages import EventsReply, Load, PollReply, PollRequest
-from xim_agent.outcome import Action, RouterError
+from xim_agent.outcome import CODES, NOT_A_ROUTER, Action, RouterError
 
 POLL = PollRequest("b", 1, "ready", 4, 0, [], None, 4, Load(), None, [])
 FRAME = Raw(codec.encode_frame(1, 0, "data", b"x" * 4000))
@@ -81,7 +82,9 @@ async def test_who_must_act(
     with pytest.raises(RouterError) as error:
         await client.poll(POLL)
     assert error.value.action is action
-    assert error.value.code == (code or "http_418")
+    assert error.value.code == (code if code in CODES else f"http_{status}")
+    assert code in error.value.message
+    assert (error.value.hint == NOT_A_ROUTER) is (code == "")
     assert client.statistics().failures == {error.value.code: 1}
     assert len(server.calls) == 1
 
@@ -134,6 +137,57 @@ async def test_a_401_refreshes_and_repeats_once(client: Any, start: Any, login: 
     assert error.value.action is Action.RETRY
     assert credentials.refusals == ["token-1", "token-2"]
     assert len(server.calls) == 4
+
+
+@pytest.mark.parametrize("code", ["credential_revoked", "credential_reused"])
+async def test_a_refused_credential_is_for_identity_to_judge(
+    client: Any, start: Any, login: Any, answer: Any, code: str
+) -> None:
+    good = "token-2"
+
+    async def reply(call: Any) -> Any:
+        if call.headers["authorization"] != f"Bearer {good}":
+            return problem(answer, 403, code)
+        return answer(204)
+
+    server = await start(reply)
+    client.credentials = credentials = login(server.url)
+    assert await client.assignment() is None
+    assert credentials.refusals == ["token-1"]
+    good = "none"
+    with pytest.raises(RouterError) as error:
+        await client.assignment()
+    assert (error.value.action, error.value.exit_code, error.value.code) == (Action.RETRY, 69, code)
+    assert len(server.calls) == 4
+
+
+async def test_a_router_cannot_make_up_codes_or_dates(client: Any, start: Any, login: Any, answer: Any) -> None:
+    async def reply(call: Any) -> Any:
+        date = "Mon, 01 Jan 99999999999 00:00:00 GMT"
+        return problem(answer, 404, f"new_{len(server.calls)}", date=date, **{"retry-after": date})
+
+    server = await start(reply)
+    client.credentials = login(server.url)
+    for _ in range(3):
+        with pytest.raises(RouterError):
+            await client.poll(POLL)
+    assert client.statistics().failures == {"http_404": 3}
+
+
+@pytest.mark.parametrize("date", ["Mon, 01 Jan 99999999999 00:00:00 GMT", "x", ""])
+def test_a_date_that_is_none(date: str) -> None:
+    assert failures.date_of({"date": date}) is None
+    assert failures.retry_after({"retry-after": date}, 0.0) is None
+
+
+async def test_a_lease_without_id_is_counted(client: Any, start: Any, login: Any, answer: Any) -> None:
+    async def reply(call: Any) -> Any:
+        return answer(body=msgspec.msgpack.encode({"leases": [{"request": "r"}], "generation": 4}))
+
+    server = await start(reply)
+    client.credentials = login(server.url)
+    assert await client.poll(POLL) == PollReply(generation=4)
+    assert client.statistics().failures == {"lease_malformed": 1}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from msgspec import Raw
 
 from xim_agent.mesh import codec, content
-from xim_agent.mesh.messages import MAX_EVENTS, End, Error, EventsReply, Head, Lease, PollReply, PollRequest
+from xim_agent.mesh.messages import MAX_EVENTS, End, Error, EventsReply, Head, Lease, OddLease, PollReply, PollRequest
 
 ids = st.integers(0, 2**53)
 text = st.text(max_size=20)
@@ -60,6 +60,28 @@ def test_malformed(data: bytes) -> None:
     with pytest.raises(codec.CodecError) as error:
         codec.decode_poll_reply(data)
     assert error.value.code == "malformed"
+
+
+LEASE = Lease(7, "r", "POST", "/tokenize", {}, b"{}", False, "t", 1000, 10)
+odd_changes = st.dictionaries(
+    st.sampled_from([f.name for f in msgspec.structs.fields(Lease) if f.name != "id"]), st.none() | st.floats() | text
+)
+
+
+@given(st.lists(odd_changes, max_size=4))
+def test_an_odd_lease_costs_itself_only(odd: list[dict[str, Any]]) -> None:
+    good = msgspec.to_builtins(LEASE, builtin_types=(bytes,))
+    leases = [good | change | {"id": 100 + n} for n, change in enumerate(odd)]
+    lost: list[str] = []
+    data = msgspec.msgpack.encode({"leases": [*leases, {"id": "x"}, 5, good], "generation": 2})
+    reply = codec.decode_poll_reply(data, lost.append)
+    assert [lease.id for lease in reply.leases] == [*range(100, 100 + len(odd)), 7]
+    assert reply.leases[-1] == LEASE
+    assert (reply.generation, len(lost)) == (2, 2)
+    for change, lease in zip(odd, reply.leases, strict=False):
+        if {"stream", "credit"} & change.keys():
+            assert isinstance(lease, OddLease)
+            assert lease.flaw
 
 
 def test_too_large() -> None:

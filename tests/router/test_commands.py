@@ -11,7 +11,9 @@ from xim_agent.cli.router import command
 from xim_agent.errors import AgentError
 from xim_agent.identity.join_key import JoinKey
 from xim_agent.router import catalog
-from xim_agent.router.store import Store
+from xim_agent.router.store import Store, router_lock
+
+ROW = catalog.Published("toy", "r1", "toy", f"sha256:{'0' * 64}", 1, 1, "generate", 1.0)
 
 
 def router(data: Path, *args: str) -> Result:
@@ -64,9 +66,8 @@ def test_from_nothing_to_a_router_that_could_serve(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_have_a_name_and_a_hint(tmp_path: Path, args: list[str], code: str) -> None:
-    row = catalog.Published("toy", "r1", "toy", f"sha256:{'0' * 64}", 1, 1, "generate", 1.0)
     with Store.open(tmp_path) as store:
-        catalog.register(store.db, row)
+        catalog.register(store.db, ROW)
     result = router(tmp_path, *args)
     assert result.stdout == ""
     error = result.exception
@@ -74,6 +75,50 @@ def test_mistakes_have_a_name_and_a_hint(tmp_path: Path, args: list[str], code: 
         (error,) = error.exceptions
     assert isinstance(error, AgentError)
     assert (error.code, error.exit_code) == (code, 2)
+
+
+@pytest.mark.parametrize(
+    ("table", "args"),
+    [
+        ("models", ["model", "publish", "MODEL", "--name", "new"]),
+        ("assignments", ["assign", "toy"]),
+        ("join_keys", ["join-key", "create", "--project", "a"]),
+        ("api_keys", ["api-key", "create", "--project", "a"]),
+    ],
+)
+def test_database_that_takes_nothing(tmp_path: Path, table: str, args: list[str]) -> None:
+    with Store.open(tmp_path / "data") as store:
+        catalog.register(store.db, ROW)
+        store.db.execute(f"CREATE TRIGGER t BEFORE INSERT ON {table} BEGIN SELECT RAISE(ABORT, 'disk is full'); END")
+    path = str(model(tmp_path / "m"))
+    result = router(tmp_path / "data", *(path if arg == "MODEL" else arg for arg in args))
+    assert result.stdout == ""
+    assert isinstance(result.exception, AgentError)
+    assert (result.exception.code, result.exception.exit_code) == ("router_data", 77)
+    assert "disk is full" in result.exception.message
+
+
+def test_directory_that_was_none_is_told(tmp_path: Path) -> None:
+    first, second = (router(tmp_path / "typo", "api-key", "create", "--project", "a") for _ in range(2))
+    assert "there was no router in" in first.stderr
+    assert second.stderr == ""
+
+
+def test_second_router_on_one_directory(tmp_path: Path) -> None:
+    with router_lock(tmp_path):
+        result = router(tmp_path, "serve", "--listen", "127.0.0.1:0")
+    assert isinstance(result.exception, AgentError)
+    assert (result.exception.code, result.exception.exit_code) == ("already_running", 14)
+
+
+async def test_agent_that_was_removed_gets_nothing_assigned(tmp_path: Path) -> None:
+    async with running(tmp_path) as bench:
+        agent = await bench.agent()
+        assert router(tmp_path, "assign", MODEL, "--agent", agent.id).exit_code == 0
+        bench.store.db.execute("UPDATE agents SET state='removed'")
+        result = router(tmp_path, "assign", MODEL, "--agent", agent.id)
+    assert isinstance(result.exception, AgentError)
+    assert result.exception.code == "agent_unknown"
 
 
 @pytest.mark.parametrize("args", [["--expires", "0h"], ["--expires", "24"], ["--expires", "soon"], ["--uses", "0"]])

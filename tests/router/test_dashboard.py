@@ -1,5 +1,6 @@
 """The live page: what it says of each agent, who may see it, and that it brings nothing from elsewhere."""
 
+import json
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -111,6 +112,39 @@ async def test_names_that_resolve_to_us_see_nothing(bench: Bench, host: str) -> 
 async def test_own_names_see_it(bench: Bench, host: str) -> None:
     async with bench.http() as http:
         assert (await http.get("/", headers={"host": host})).status_code == 200
+
+
+@pytest.mark.parametrize("field", ["X-Forwarded-For", "Forwarded", "Via", "X-Forwarded-Host", "X-Real-IP"])
+async def test_callers_by_way_of_a_proxy_see_nothing(bench: Bench, field: str) -> None:
+    async with bench.http() as http:
+        for path in ("/", "/dashboard/agents.json", "/dashboard/events"):
+            assert (await http.get(path, headers={field: "127.0.0.1"})).status_code == 403
+
+
+async def test_public_name_does_not_open_it(bench: Bench) -> None:
+    bench.store.serve_at(["https://router.example"], bench.url)
+    async with bench.http() as http:
+        assert (await http.get("/", headers={"host": "router.example"})).status_code == 403
+
+
+@pytest.mark.parametrize("devices", [5, "H100", {"name": "x"}, None, [5, None]])
+async def test_one_agent_cannot_spoil_it_for_the_others(bench: Bench, devices: Any) -> None:
+    agent = FakeAgent(bench.url)
+    bench.agents.append(agent)
+    assert (await agent.enroll(bench.join_key(), hardware={"devices": devices, "cpu": 7})).status_code == 201
+    nan, inf = float("nan"), float("inf")
+    await agent.poll(
+        wait_ms=0,
+        load={"running": 0, "waiting": -(10**9), "kv_usage": nan, "tokens_per_s": inf},
+        progress={"stage": "fetch", "done": 0, "total": 0, "rate": nan, "text": ""},
+        health=[{"code": "disk", "text": "full", "since": -inf}],
+    )
+    async with bench.http() as http:
+        text = (await http.get("/dashboard/agents.json")).text
+    (row,) = json.loads(text, parse_constant=pytest.fail)["agents"]
+    assert (row["kv_usage"], row["tokens_per_s"], row["progress"]["rate"], row["health"][0]["since"]) == (None,) * 4
+    assert row["waiting"] == 0
+    assert bench.router.dispatch.agents[agent.id].busy >= 0
 
 
 async def test_texts_of_agents_stay_texts(bench: Bench) -> None:

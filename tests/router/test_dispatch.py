@@ -212,6 +212,19 @@ def test_queue_has_an_end() -> None:
     assert refused.value.outcome.code == "capacity_exceeded"
 
 
+def test_bodies_that_wait_have_a_bound_together() -> None:
+    world = World(Limits(queue_bytes=100))
+    world.ready(capacity=0)
+    jobs = [world.submit(body=b"x" * 50) for _ in range(2)]
+    with pytest.raises(Refused) as refused:
+        world.submit(body=b"x")
+    assert (refused.value.outcome.code, refused.value.outcome.status) == ("capacity_exceeded", 429)
+    world.dispatch.release(jobs[0], world.now)
+    world.submit(body=b"x" * 50)
+    world.answer(world.poll())
+    world.submit(body=b"x" * 50)
+
+
 def test_bodies_beyond_the_reply_travel_apart() -> None:
     world = World(Limits(inline=150))
     (poll,) = world.ready(capacity=3)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 from fakes.dispatching import World, end, head
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -188,3 +189,29 @@ def test_every_answer_is_whole_and_ends_once(answers: list[list[bytes]], steps: 
     assert not chaos.world.dispatch.agents["a"].grants
     counts = chaos.world.dispatch.statistics().counts
     assert counts["submitted"] == counts.get("completed", 0) + counts.get("cancelled", 0)
+
+
+@pytest.mark.parametrize("lost", [(3,), (2, 3), (2, 3, 3), (1, 2, 3, 3)])
+@pytest.mark.parametrize("cut_poll", [False, True])
+def test_credit_comes_however_many_replies_are_lost(lost: tuple[int, ...], cut_poll: bool) -> None:
+    """The agent has sent what its credit allows; every reply that said more is gone."""
+    chaos = Chaos()
+    chaos.send_poll()
+    chaos.answer_poll()
+    chaos.send_poll()
+    pieces = [b"a" * 40, b"b" * 5, b"c" * 35, b"d" * 40]
+    chaos.clients.append(Client(chaos.world.submit(), pieces))
+    chaos.answer_poll()
+    chaos.send_poll()
+    frames = chaos.held[1].frames
+    for seq in sorted({0, 1, 2, 3} - set(lost)) + list(lost):
+        chaos.held[1].sent = max(chaos.held[1].sent, seq)
+        chaos.flying.append([(1, seq, frames[seq])])
+        chaos.deliver(0, lost=seq in lost)
+        chaos.take()
+    chaos.world.pass_time(6)
+    chaos.answer_poll(lost=cut_poll)
+    chaos.settle()
+    assert chaos.clients[0].job.outcome is COMPLETE
+    assert chaos.clients[0].got == b"".join(pieces)
+    assert chaos.world.now < 20

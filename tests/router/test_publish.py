@@ -140,6 +140,8 @@ REFUSED: list[tuple[Callable[[Path], object], str | None, str]] = [
     (lambda root: (root / "a\\b").touch(), None, "path_backslash"),
     (lambda root: (root / "cafe\u0301").touch(), None, "path_not_nfc"),
     (lambda root: (root / "aux.txt").touch(), None, "path_reserved"),
+    (lambda root: (root / "CONFIG.JSON").touch(), None, "path_duplicate"),
+    (lambda root: (root / "SUB").touch(), None, "path_conflict"),
     (lambda root: None, "../v1", "model_name"),
 ]
 
@@ -152,6 +154,42 @@ def test_what_agents_would_refuse_is_refused(
     with pytest.raises(AgentError) as e:
         publish(files, "m", revision, tmp_path / "data")
     assert e.value.code == code
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("name", ["", "a@b", "a\nb", "\x1b[1m", " a", "a" * 201])
+def test_a_name_that_cannot_be_assigned_is_refused(files: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(AgentError) as e:
+        publish(files, name, None, tmp_path / "data")
+    assert (e.value.code, e.value.exit_code) == ("model_name", 2)
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "code"), [("MAX_FILES", 2, "too_many_files"), ("MAX_MANIFEST", 700, "manifest_too_large")]
+)
+def test_a_model_too_large_for_a_manifest_is_refused(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, value: int, code: str
+) -> None:
+    monkeypatch.setattr(f"xim_agent.cache.manifest.{limit}", value)
+    with pytest.raises(AgentError) as e:
+        publish(files, "m", None, tmp_path / "data")
+    assert e.value.code == code
+    assert not list((tmp_path / "data").rglob("*.json"))
+
+
+def test_a_file_that_cannot_be_read_is_named(files: Path, tmp_path: Path) -> None:
+    with pytest.raises(AgentError, match="empty") as e:
+        publish(
+            files, "m", None, tmp_path / "data", progress=lambda d, t: (files / "sub/empty").unlink(missing_ok=True)
+        )
+    assert e.value.code == "publish_io"
+
+
+def test_a_store_that_cannot_be_written_is_named(files: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").touch()
+    with pytest.raises(AgentError, match="data") as e:
+        publish(files, "m", None, tmp_path / "data")
+    assert e.value.code == "publish_io"
 
 
 def test_a_missing_directory_is_named(tmp_path: Path) -> None:

@@ -212,7 +212,7 @@ class FakeEngine:
         return Load(running=self.open_now)
 
     @asynccontextmanager
-    async def open(self, path: str, headers: Any, body: bytes) -> AsyncIterator[FakeReply]:
+    async def open(self, path: str, headers: Any, body: bytes, *, tenant: str = "") -> AsyncIterator[FakeReply]:
         await trio.lowlevel.checkpoint()
         self.requests.append((path, dict(headers), body))
         self.open_now += 1

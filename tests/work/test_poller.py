@@ -1,12 +1,15 @@
 """What polls say and when they are sent; drain, pause, and what is kept for the next start."""
 
+import errno
 import math
 from typing import Any
 
+import pytest
 import trio
 from msgspec import Raw
 
-from xim_agent.mesh.messages import Progress
+from xim_agent.mesh.codec import encode_frame
+from xim_agent.mesh.messages import Error, Progress
 from xim_agent.outcome import RouterError
 from xim_agent.work.spool import Spool
 
@@ -177,6 +180,21 @@ async def test_a_spool_that_cannot_be_read_is_passed_over(
     bench = await boot()
     await bench.settle(1)
     assert router.polls
+
+
+async def test_a_spool_that_cannot_be_removed_is_sent_and_left(
+    boot: Any, router: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, autojump_clock: Any
+) -> None:
+    Spool(tmp_path / "spool").save("boot-0", [Raw(encode_frame(9, 0, "error", Error("draining", "x", True)))])
+
+    def refuse(self: Any, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(type(tmp_path), "unlink", refuse)
+    bench = await boot()
+    assert (await router.ended(router.offer(id=1))).reason == "complete"
+    assert router.events_calls[0][0] == "boot-0"
+    assert bench.link.up
 
 
 def test_the_spool_adds_up_and_is_private(tmp_path: Any) -> None:

@@ -1,5 +1,6 @@
 """The pure rules: what is taken, how long it holds, what polls say, how a cut answer looks."""
 
+import math
 from typing import Any
 
 import msgspec
@@ -7,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xim_agent.mesh.messages import MAX_BODY, SERVED_PATHS, Condition, Lease, Progress
+from xim_agent.mesh.messages import MAX_BODY, SERVED_PATHS, Condition, Lease, OddLease, Progress
 from xim_agent.work import capacity, lease
+from xim_agent.work.clone import clone
 from xim_agent.work.tail import TAIL_BYTES, Tail, stream_error
 
 
@@ -39,6 +41,34 @@ def make_lease(**more: Any) -> Lease:
 def test_refusals(more: Any, state: Any, code: str | None, retryable: bool | None) -> None:
     error = lease.refusal(make_lease(**more), **({"room": 1, "ready": True, "draining": False} | state))
     assert (error and error.code, error and error.retryable) == (code, retryable)
+
+
+def test_a_lease_that_could_not_be_read_is_refused_with_its_flaw() -> None:
+    odd = OddLease(1, "", "", "", {}, None, False, "", 0, 0, flaw="Expected `int` - at `$.credit`")
+    error = lease.refusal(odd, room=0, ready=False, draining=True)
+    assert error is not None
+    assert (error.code, error.retryable) == ("invalid_request", False)
+    assert "$.credit" in error.message
+
+
+def at(start: Any, **more: Any) -> Any:
+    return clone({"address": "10.0.0.9", "start": start, **more}, 1_700_000_000.0)
+
+
+@pytest.mark.parametrize(
+    "start", [None, "soon", True, math.inf, -math.inf, math.nan, 1_700_000_000_123, 10**400, 0, -5, [1], {}]
+)
+def test_a_clone_whose_start_is_no_time(start: Any) -> None:
+    assert at(start) == clone({"address": "10.0.0.9"}, 0.0)
+    assert at(start).later is None
+    assert at(1_600_000_000, yours=start).later is False
+
+
+def test_which_clone_is_later() -> None:
+    assert at(1_800_000_000).later is True
+    assert at(1_800_000_000, yours=1_900_000_000.5).later is False
+    assert at(1_600_000_000).later is False
+    assert at(1_900_000_000).message == "this identity also runs at 10.0.0.9, since 2030-03-17 17:46:40 UTC"
 
 
 def test_every_path_of_the_list_is_served() -> None:

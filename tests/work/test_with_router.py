@@ -89,7 +89,7 @@ class Reply:
 
 
 @asynccontextmanager
-async def open_engine(path: str, headers: Any, body: bytes) -> AsyncIterator[Reply]:
+async def open_engine(path: str, headers: Any, body: bytes, *, tenant: str = "") -> AsyncIterator[Reply]:
     await trio.lowlevel.checkpoint()
     yield Reply(body)
 
@@ -135,7 +135,10 @@ async def client(dispatch: Dispatch, nursery: trio.Nursery) -> Callable[..., Any
     return ask
 
 
-@pytest.mark.parametrize(("seed", "fault", "window"), [(1, 0.0, 8192), (2, 0.05, 1 << 19), (3, 0.15, 1 << 19)])
+@pytest.mark.parametrize(
+    ("seed", "fault", "window"),
+    [(1, 0.0, 8192), (2, 0.05, 1 << 19), (3, 0.15, 1 << 19), (4, 0.15, 8192), (5, 0.15, 16384)],
+)
 async def test_every_answer_arrives_whole(
     boot: Any, dispatch: Dispatch, client: Any, seed: int, fault: float, autojump_clock: Any
 ) -> None:

@@ -139,7 +139,10 @@ class AssignmentService:
     async def _wanted(self, jws: str | None) -> Assignment | None:
         if jws is not None:
             return await self._identity.verify_assignment(jws)
-        await self._identity.forget_assignment()
+        try:
+            await self._identity.forget_assignment()
+        except AgentError as e:  # obeyed all the same: only a start without the router would begin with the old one
+            log.warning("assignment not forgotten", extra={"code": e.code, "error": e.message})
         return None
 
     async def _wait_due(self) -> None:

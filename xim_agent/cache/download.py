@@ -167,12 +167,12 @@ class Fetch:
         self.meter.done += amount
 
     def _stored(self, job: Job) -> bytes | None:
-        """The verified bytes in the store; damaged ones are put aside, to be fetched again."""
+        """The verified bytes in the store; damaged ones go, since kept beside the fresh ones they break the bound."""
         data = self.store.read_blob(job.blob)
         if data is None or codec.verified(data, job.blob):
             return data
         log.warning("stored chunk is damaged, fetching it again", extra={"blob": job.blob})
-        self.store.quarantine_blob(job.blob)
+        self.store.drop_blob(job.blob)
         return None
 
     async def _fetched(self, job: Job) -> bytearray:

@@ -12,6 +12,8 @@ CREATE TABLE IF NOT EXISTS models(
   manifest TEXT PRIMARY KEY, id TEXT NOT NULL, name TEXT NOT NULL, revision TEXT NOT NULL,
   size INTEGER NOT NULL, used REAL NOT NULL, pinned INTEGER NOT NULL DEFAULT 0)
 """
+# SQLITE_ERROR: our SQL is right, so the schema is not ours. Without a code: quick_check found something.
+_DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,14 @@ class Entry:
 
 
 class Index:
-    """All methods block and come from one thread at a time."""
+    """All methods block and come from one thread at a time. They raise sqlite3.Error where the disk fails."""
 
     def __init__(self, path: Path) -> None:
         try:
             self._db = self._connect(path)
         except sqlite3.DatabaseError as e:
+            if getattr(e, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF not in _DAMAGE:
+                raise
             log.warning("cache index is damaged, made anew from the tree", extra={"error": str(e)})
             for suffix in ("", "-journal", "-wal", "-shm"):
                 path.with_name(path.name + suffix).unlink(missing_ok=True)

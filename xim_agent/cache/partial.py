@@ -27,6 +27,8 @@ class Partial:
         self.files = root / "files"
         self.manifest = manifest
         self.files.mkdir(mode=0o750, parents=True, exist_ok=True)
+        for left in (*self.root.glob(files.TEMPORARY + "*"), *self.files.glob(files.TEMPORARY + "*")):
+            files.remove_tree(left)  # of a crash; what lies in `files` would become part of the model
         self._journal = root / "journal"
         self._directories: set[Path] = set()
         self._lock = threading.Lock()
@@ -112,7 +114,7 @@ class Partial:
     def whole(self, i: int, hasher: Any) -> bool:
         """Whether file `i` is what the manifest says, `hasher` having seen all its chunks. Creates an empty file."""
         file = self.manifest.files[i]
-        if not file.chunks:
+        if not file.chunks and self._size(i) < 0:
             os.close(self._open(i))
         return hasher.hexdigest() == file.sha256 and self._size(i) == file.size
 

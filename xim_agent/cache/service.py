@@ -5,7 +5,8 @@ import random
 import re
 import sqlite3
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -54,8 +55,20 @@ class CacheStatistics:
     models: tuple[CachedModel, ...]
 
 
+@contextmanager
+def _named(code: str, directory: Path) -> Iterator[None]:
+    """What the disk refuses becomes an AgentError."""
+    try:
+        yield
+    except (OSError, sqlite3.Error) as e:
+        raise AgentError(code, f"cannot use the model cache {directory}: {e}", exit_code=Exit.STATE) from e
+
+
 class Cache:
-    """Open as an async context manager, which takes the lock of the directory and adopts what is there."""
+    """Open as an async context manager, which takes the lock of the directory and adopts what is there.
+
+    Opening raises AgentError `cache_in_use`, `cache_format`, `cache_directory`.
+    """
 
     def __init__(
         self,
@@ -82,12 +95,13 @@ class Cache:
         self._models: tuple[CachedModel, ...] = ()
 
     async def __aenter__(self) -> Self:
-        self._store = await trio.to_thread.run_sync(Store.open, self.directory)
-        try:
-            await trio.to_thread.run_sync(self._look)
-        except BaseException:
-            self._store.close()
-            raise
+        with _named("cache_directory", self.directory):
+            self._store = await trio.to_thread.run_sync(Store.open, self.directory)
+            try:
+                await trio.to_thread.run_sync(self._look)
+            except BaseException:
+                self._store.close()
+                raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -120,10 +134,9 @@ class Cache:
         async with self._one:
             operation = Operation(self, model, digest, report, release)
             try:
-                path = await operation.run()
-                await trio.to_thread.run_sync(self._look)
-            except (OSError, sqlite3.Error) as e:
-                raise AgentError("cache_io", f"the model cache cannot be used: {e}", exit_code=Exit.STATE) from e
+                with _named("cache_io", self.directory):
+                    path = await operation.run()
+                    await trio.to_thread.run_sync(self._look)
             finally:
                 self.health.clear("model_fetch")
                 self.health.clear("cache_disk_full")
@@ -137,10 +150,14 @@ class Cache:
         self._pinned.discard(manifest_digest(model.manifest))
 
     def compile_cache_dir(self, vllm_version: str) -> Path:
-        """Where this vLLM keeps what it compiled; counted in the bound, that of other versions goes first."""
+        """Where this vLLM keeps what it compiled; counted in the bound, that of other versions goes first.
+
+        Raises AgentError `cache_io`.
+        """
         self._vllm = re.sub(r"[^A-Za-z0-9._+-]", "_", vllm_version).lstrip(".") or "unknown"
         path = self.store.root / "compile" / self._vllm
-        path.mkdir(mode=0o750, exist_ok=True)
+        with _named("cache_io", self.directory):
+            path.mkdir(mode=0o750, exist_ok=True)
         return path
 
     def statistics(self) -> CacheStatistics:

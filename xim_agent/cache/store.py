@@ -2,6 +2,7 @@
 
 import os
 import re
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -14,7 +15,6 @@ from xim_agent.cache.inventory import Evict, Inventory, Model
 from xim_agent.cache.inventory import Partial as PartialBytes
 from xim_agent.cache.manifest import CHUNK, MARKER, Manifest
 from xim_agent.cache.partial import Partial
-from xim_agent.errors import AgentError, Exit
 
 _FOLDERS = ("blobs", "manifests", "ready", "partial", "quarantine", "compile")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -42,23 +42,23 @@ class Store:
 
     @classmethod
     def open(cls, directory: Path) -> "Store":
-        """Takes the lock and adopts the tree. Raises AgentError: `cache_in_use`, `cache_directory`, `cache_format`."""
+        """Takes the lock and adopts the tree.
+
+        Raises AgentError `cache_in_use`, `cache_format`, OSError, sqlite3.Error; then nothing stays open.
+        """
         root = directory.expanduser().resolve()
-        try:
-            for name in _FOLDERS:
-                (root / name).mkdir(mode=0o750, parents=True, exist_ok=True)
-                if (root / name).is_symlink():
-                    raise NotADirectoryError(20, "a link instead of a directory", str(root / name))
+        for name in _FOLDERS:
+            (root / name).mkdir(mode=0o750, parents=True, exist_ok=True)
+            if (root / name).is_symlink():
+                raise NotADirectoryError(20, "a link instead of a directory", str(root / name))
+        with ExitStack() as opened:
             lock = claim.lock(root / "lock")
-        except OSError as e:
-            raise AgentError("cache_directory", f"cannot use the model cache {root}: {e}", exit_code=Exit.STATE) from e
-        try:
+            opened.callback(os.close, lock)
             claim.check_format(root / "FORMAT")
             store = cls(root, lock, Index(root / "index.sqlite"))
+            opened.callback(store.index.close)
             store._adopt()
-        except BaseException:
-            os.close(lock)
-            raise
+            opened.pop_all()
         return store
 
     def close(self) -> None:
@@ -164,12 +164,6 @@ class Store:
 
     def drop_blob(self, digest: str) -> None:
         self.blob(digest).unlink(missing_ok=True)
-
-    def quarantine_blob(self, digest: str) -> None:
-        try:
-            self.blob(digest).rename(self.root / "quarantine" / digest)
-        except FileNotFoundError:
-            return
 
     # -- partial and ready ---------------------------------------------------------------------------------------
 

@@ -101,8 +101,9 @@ async def get_blob(
         try:
             await _continue(source, digest, stored, data, retry, counters, arrived)
         except RouterError as e:
-            await retry.wait(e)
-            continue
+            if len(data) < stored:  # else nothing is missing but a clean end of the reply
+                await retry.wait(e)
+                continue
         except WrongBlob:
             arrived(-len(data))
             raise

@@ -132,10 +132,10 @@ async def _session(options: Options, config: Any, guard: Any) -> int:
 
     from xim_agent.router import catalog
     from xim_agent.router.app import make_app, serve
-    from xim_agent.router.store import Store
+    from xim_agent.router.store import Store, router_lock
 
     stop, answered = trio.Event(), False
-    with Display() as display:
+    with router_lock(options.data / "router"), Display() as display:
         port = _listen_port(options.port)
         # Left behind by Ctrl-C: what a cut publish leaves is found by the next one.
         published = await trio.to_thread.run_sync(_publish, options, display, abandon_on_cancel=True)

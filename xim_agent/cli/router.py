@@ -49,13 +49,13 @@ def serve(listen: str, public_urls: tuple[str, ...], tls_cert: Path | None, tls_
     """Run the router until SIGINT or SIGTERM."""
     import trio
 
-    from xim_agent.router.store import Store
+    from xim_agent.router.store import Store, router_lock
 
     if (tls_cert is None) != (tls_key is None):
         raise click.UsageError("--tls-cert and --tls-key go together")
     for url in public_urls:
         _check_url(url)
-    with Store.open(data) as store:
+    with router_lock(data), Store.open(data) as store:
         trio.run(_serve, store, listen, public_urls, tls_cert, tls_key)
 
 
@@ -96,9 +96,10 @@ def model() -> None:
 def publish(path: Path, name: str, revision: str | None, data: Path) -> None:
     """Compress the model in directory PATH into chunks and a manifest. Prints NAME@REV."""
     from xim_agent.cli.progress import Display
-    from xim_agent.router.store import Store
+    from xim_agent.router.publish import check_name
 
-    with Store.open(data) as store, Display() as display:
+    check_name(name)
+    with _store(data) as store, Display() as display:
         done = publish_model(store, path, name, revision, display)
     click.echo(f"{done.name}@{done.revision}")
 
@@ -150,10 +151,8 @@ def create_join_key(project: str, region: str, uses: int, expires: float, data: 
     """Print a new join key. It cannot be shown again."""
     import time
 
-    from xim_agent.router.store import Store
-
     now = time.time()
-    with Store.open(data) as store:
+    with _store(data) as store:
         urls = store.public_urls
         if not store.served_before:
             click.echo(f"this router never ran: the key says {urls[0]}, where it listens by default", err=True)
@@ -171,10 +170,9 @@ def create_join_key(project: str, region: str, uses: int, expires: float, data: 
 def assign(target: str, agent: str | None, data: Path) -> None:
     """Have agents serve a published model; its newest revision unless REV is given."""
     from xim_agent.router import catalog
-    from xim_agent.router.store import Store
 
     name, _, revision = target.rpartition("@") if "@" in target else (target, "", "")
-    with Store.open(data) as store:
+    with _store(data) as store:
         done = catalog.assign(store.db, name, revision or None, agent)
     whom = f"agent {agent}" if agent else "all agents"
     click.echo(f"{done.model.name}@{done.model.revision} goes to {whom}, generation {done.generation}", err=True)
@@ -193,11 +191,21 @@ def create_api_key(project: str, data: Path) -> None:
     import time
 
     from xim_agent.router import catalog
-    from xim_agent.router.store import Store
 
-    with Store.open(data) as store:
+    with _store(data) as store:
         key = catalog.create_api_key(store.db, _project(project), time.time())
     click.echo(key)
+
+
+def _store(data: Path) -> Any:
+    """For commands, which work before the router ever ran: says so, in case that DIR was mistyped."""
+    from xim_agent.router.store import FILE, Store
+
+    new = not (data / FILE).exists()
+    store = Store.open(data)
+    if new:
+        click.echo(f"there was no router in {data}: this is a new one", err=True)
+    return store
 
 
 def _project(name: str) -> str:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from xim_agent.config.fields import OPTIONS, PREFIX, Config, Option
+from xim_agent.config.mask import HIDDEN, masked_arguments, masked_pairs
 from xim_agent.errors import AgentError, Exit
 
+MOST = 10**12  # of a number without a bound of its own: infinity and what overflows later are refused
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off"}
 
@@ -23,13 +25,19 @@ class Raw:
 
 
 def _bad(option: Option, raw: Raw, why: str) -> AgentError:
-    shown = "***" if option.meta["secret"] else f"`{raw.value if isinstance(raw.value, str) else ' '.join(raw.value)}`"
     return AgentError(
         "config_invalid",
-        f"{raw.origin}: {shown} {why}",
+        f"{raw.origin}: {_shown(option, raw)} {why}",
         hint=f"{option.flag} / {option.env}: {option.meta['help']}",
         exit_code=Exit.CONFIG,
     )
+
+
+def _shown(option: Option, raw: Raw) -> str:
+    words = (raw.value,) if isinstance(raw.value, str) else raw.value
+    if option.meta["secret"] or option.meta["repeat"]:  # a list of words may hold secrets, and cannot be told apart
+        return HIDDEN
+    return f"`{' '.join(words)}`"
 
 
 def _number(option: Option, raw: Raw, word: str) -> int | float:
@@ -38,10 +46,9 @@ def _number(option: Option, raw: Raw, word: str) -> int | float:
     except ValueError:
         raise _bad(option, raw, "is no whole number" if option.kind is int else "is no number") from None
     low, high = option.meta["low"], option.meta["high"]
-    # A comparison with NaN is false: written so that NaN is refused.
-    if (low is not None and not value >= low) or (high is not None and not value <= high) or value != value:
-        bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise _bad(option, raw, f"is out of range: must be {bounds}")
+    low, high = (-MOST if low is None else low), (MOST if high is None else high)
+    if not low <= value <= high:  # NaN too
+        raise _bad(option, raw, f"is out of range: must be between {low} and {high}")
     return value  # type: ignore[no-any-return]
 
 
@@ -51,9 +58,9 @@ def _words(option: Option, raw: Raw) -> tuple[str, ...]:
     except ValueError as error:
         raise _bad(option, raw, f"cannot be split as a shell does: {error}") from None
     if option.meta["repeat"] == "pair":
-        for word in words:
+        for number, word in enumerate(words, 1):
             if "=" not in word[1:]:
-                raise _bad(option, raw, f"has `{word}`, which is not KEY=VALUE")
+                raise _bad(option, raw, f"has a word (number {number}) which is not KEY=VALUE")
     return words
 
 
@@ -72,13 +79,20 @@ def _value(option: Option, raw: Raw) -> Any:
     return Path(word) if option.kind is Path else word
 
 
-def parse(raw: Mapping[str, Raw], home: Path) -> Config:
-    """`raw` by attribute name; paths that begin with `~` are put below `home`. Raises AgentError (exit 78)."""
+def parse(raw: Mapping[str, Raw], home: Path, cwd: Path | None = None) -> Config:
+    """`raw` by attribute name; paths that begin with `~` are put below `home`, relative ones below `cwd`.
+
+    Raises AgentError (exit 78), without `cwd` for every relative path: vLLM runs in another directory than the agent.
+    """
     values: dict[str, Any] = {}
     for option in OPTIONS:
         value = _value(option, raw[option.attr]) if option.attr in raw else option.default
         if isinstance(value, Path) and value.parts[:1] == ("~",):
             value = home.joinpath(*value.parts[1:])
+        if isinstance(value, Path) and not value.is_absolute():
+            if cwd is None:
+                raise _bad(option, raw.get(option.attr, Raw(str(value), option.env)), "is no absolute path")
+            value = cwd / value
         values[option.attr] = value
     for attr, file in (("join_key", "join_key_file"), ("vllm_salt_secret", "vllm_salt_secret_file")):
         if attr in raw and file in raw:
@@ -102,11 +116,13 @@ def unknown_variables(names: list[str]) -> list[str]:
 
 
 def describe(config: Config) -> dict[str, Any]:
-    """Settings for `status` and support: secrets show only whether they are set."""
+    """Settings for `status` and support: of secrets and of what the operator gives vLLM in secret only the names."""
     values = asdict(config)
     for option in OPTIONS:
         if option.meta["secret"] and values[option.attr] is not None:
-            values[option.attr] = "***"
+            values[option.attr] = HIDDEN
         elif isinstance(values[option.attr], Path):
             values[option.attr] = str(values[option.attr])
+    values["vllm_args"] = masked_arguments(config.vllm_args)
+    values["vllm_env"] = masked_pairs(config.vllm_env)
     return values

@@ -4,6 +4,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from xim_agent.errors import AgentError, Exit
@@ -40,8 +41,11 @@ def runtime_directory(config_path: Path, environ: Mapping[str, str]) -> Path:
                 hint=f"remove it, or set RUNTIME_DIRECTORY to a directory of uid {os.getuid()}",
                 exit_code=Exit.STATE,
             )
-        place.chmod(0o700)
-        return place
+        with suppress(OSError):  # a read-only file system
+            if stat.S_IMODE(found.st_mode) != 0o700:
+                place.chmod(0o700)
+            if os.access(place, os.R_OK | os.W_OK | os.X_OK):
+                return place
     raise AgentError(
         "runtime_directory",
         f"no place for the sockets: tried {', '.join(map(str, places))}",

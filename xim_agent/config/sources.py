@@ -3,10 +3,11 @@
 import logging
 import os
 from collections.abc import Mapping, MutableMapping
+from contextlib import suppress
 from pathlib import Path
 
 from xim_agent.config.config import Raw, parse, unknown_variables
-from xim_agent.config.fields import OPTIONS, Config
+from xim_agent.config.fields import OPTIONS, PREFIX, Config
 from xim_agent.errors import AgentError, Exit
 
 log = logging.getLogger("xim_agent.config")
@@ -19,7 +20,8 @@ def load(
 ) -> Config:
     """Reads everything once and takes secrets out of `environ`, so that no child inherits them.
 
-    `defaults` replace the table's (used by `local`). Raises AgentError (exit 78), also for an unreadable secret file.
+    `defaults` replace the table's (used by `local`). Raises AgentError (exit 78), also for an unreadable secret file;
+    the join key's is left to `join_key`, because an enrolled agent needs none.
     """
     raw: dict[str, Raw] = {attr: Raw(word, "built-in default") for attr, word in (defaults or {}).items()}
     for option in OPTIONS:
@@ -36,31 +38,50 @@ def load(
             raw[option.attr] = Raw(word, option.env)
     for warning in unknown_variables(list(environ)):
         log.warning(warning)
-    for attr in ("join_key", "vllm_salt_secret"):
-        _read_secret(raw, attr, environ)
-    return parse(raw, Path(environ.get("HOME") or Path.home()))
+    _take_secret(raw, "vllm_salt_secret", environ)
+    try:
+        _take_secret(raw, "join_key", environ)
+    except AgentError as error:
+        log.debug(f"join key not read yet: {error.message}")
+    cwd = None
+    with suppress(OSError):  # it may have been removed
+        cwd = Path.cwd()
+    return parse(raw, Path(environ.get("HOME") or Path.home()), cwd)
 
 
-def _read_secret(raw: dict[str, Raw], attr: str, environ: Mapping[str, str]) -> None:
+def join_key(config: Config) -> str | None:
+    """The key's text. Raises AgentError (exit 78) when its file still cannot be read."""
+    if config.join_key is None and config.join_key_file is not None:
+        return _read(config.join_key_file, PREFIX + "JOIN_KEY_FILE") or None
+    return config.join_key
+
+
+def _take_secret(raw: dict[str, Raw], attr: str, environ: Mapping[str, str]) -> None:
     """A secret named by `…_FILE`, else a systemd credential of the option's name, becomes the secret itself."""
+    file = f"{attr}_file"
     credential = Path(environ.get("CREDENTIALS_DIRECTORY") or "/nonexistent") / attr.replace("_", "-")
-    named = raw.get(f"{attr}_file")
     if attr in raw:
         return
-    path = Path(str(named.value)) if named else credential
-    if not named and not credential.is_file():
-        return
+    if file not in raw:
+        if not credential.is_file():
+            return
+        raw[file] = Raw(str(credential), "$CREDENTIALS_DIRECTORY")
+    path = Path(str(raw[file].value))
+    if text := _read(path, raw[file].origin):
+        del raw[file]
+        raw[attr] = Raw(text, str(path))
+
+
+def _read(path: Path, origin: str) -> str:
     try:
-        text = path.expanduser().read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        origin = named.origin if named else "$CREDENTIALS_DIRECTORY"
+        return path.expanduser().read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError, RuntimeError) as error:
+        # A RuntimeError is what Path raises for ~nobody.
         reason = error.strerror if isinstance(error, OSError) else "is not text"
+        reason = str(error) if isinstance(error, RuntimeError) else reason
         raise AgentError(
             "secret_unreadable",
             f"{origin}: cannot read {path}: {reason}",
             hint=f"make it readable for uid {os.getuid()}, or unset {origin}",
             exit_code=Exit.CONFIG,
         ) from error
-    if text:
-        raw.pop(f"{attr}_file", None)
-        raw[attr] = Raw(text, str(path))

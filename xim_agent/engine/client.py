@@ -1,4 +1,4 @@
-"""Requests to vLLM over its Unix socket. Bodies and answers pass as they are."""
+"""Requests to vLLM over its Unix socket. Bodies (but for a salt) and answers pass as they are."""
 
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import httpx
 import trio
 
+from xim_agent.engine.salt import salted
 from xim_agent.errors import AgentError
 
 _LOST = (httpx.HTTPError, httpx.StreamError, trio.ClosedResourceError, trio.BrokenResourceError)
@@ -71,8 +72,9 @@ class Waits:
 class EngineClient:
     """What requests go through, whichever run of vLLM is behind it. `active`: requests under way."""
 
-    def __init__(self) -> None:
+    def __init__(self, salt_secret: str | None = None) -> None:
         self.active = 0
+        self._salt_secret = salt_secret
         self.waits = Waits()
         self._http: httpx.AsyncClient | None = None
 
@@ -84,14 +86,19 @@ class EngineClient:
         self._http = None
 
     @asynccontextmanager
-    async def open(self, path: str, headers: Mapping[str, str], body: bytes) -> AsyncIterator[EngineReply]:
+    async def open(
+        self, path: str, headers: Mapping[str, str], body: bytes, *, tenant: str = ""
+    ) -> AsyncIterator[EngineReply]:
         """POSTs; entered when the engine's head is there, without a time limit. Leaving aborts the request at vLLM.
 
+        With a salt secret and a `tenant` the body is salted (salt.py); else it passes as it is.
         Raises EngineLost. A cancelled call closes the connection, which is how vLLM learns of it.
         """
         http = self._http
         if http is None:
             raise EngineLost("it is not running")
+        if self._salt_secret and tenant:
+            body = salted(self._salt_secret, tenant, path, body)
         self.active += 1
         try:
             request = http.build_request("POST", path, headers=dict(headers), content=body)

@@ -4,11 +4,13 @@ Later wins: the agent's own flags, then the assignment's engine_args, then the o
 """
 
 import json
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from xim_agent.config.fields import Config
+from xim_agent.config.mask import masked_arguments
 from xim_agent.engine import arguments
 from xim_agent.engine.environment import PRIVATE, cpu_threads, directories, pairs
 from xim_agent.engine.sizing import GIB, TYPICAL_FLOOR, ModelFacts, Sizing, Wishes, ceiling, size
@@ -16,6 +18,7 @@ from xim_agent.errors import AgentError, Exit
 from xim_agent.hardware.report import Device, Hardware
 from xim_agent.mesh.messages import Assignment
 
+LONGEST = 1 << 40  # tokens
 MEDIA_NOWHERE = "media.invalid"  # else a request can make vLLM fetch from the operator's network
 # vLLM works without these, only slower or less talkative, so a version that lacks one is still served.
 OPTIONAL = frozenset(
@@ -109,6 +112,8 @@ def plan(
     from_router = arguments.chosen_by_router(serving.engine_args, config.allow_engine_args)
     for words in from_router:
         if words[0] == "--chat-template":
+            if len(words) != 2:
+                raise _refused("engine_args_invalid", "the assignment's --chat-template does not name one file", "")
             words[1] = f"{places.model}/{words[1]}"
     from_operator = arguments.group(config.vllm_args, "VLLM_ARGS")
     for words in from_operator:
@@ -127,7 +132,7 @@ def plan(
         if sizing:
             env["VLLM_CPU_KVCACHE_SPACE"] = str(sizing.kv_bytes // GIB)
     env |= pairs(config.vllm_env)
-    seqs = int(arguments.value_of(argv, "--max-num-seqs") or wishes.max_num_seqs)
+    seqs = _max_num_seqs(argv, wishes)
     most = sizing.ceiling if sizing else wishes.max_concurrent or seqs
     return Plan(argv, env, min(most, seqs), seqs, serving.task, model, wishes, sizing, tuple(warnings))
 
@@ -151,6 +156,8 @@ def _wishes(config: Config, assignment: Assignment, hardware: Hardware) -> Wishe
     seqs = config.max_num_seqs or max(64, config.max_concurrent or 0)
     offload = None if config.kv_offload_size_gb is None else int(config.kv_offload_size_gb * 10**9)
     quantization = config.vllm_quantization or assignment.serving.quantization
+    if (assignment.serving.max_model_len or 0) > LONGEST:
+        raise _refused("engine_args_invalid", f"the assignment's max_model_len is above {LONGEST} tokens", "")
     wishes = Wishes(
         max_model_len=config.max_model_len or assignment.serving.max_model_len,
         max_num_seqs=seqs,
@@ -173,6 +180,15 @@ def _wishes(config: Config, assignment: Assignment, hardware: Hardware) -> Wishe
             "lower them, or run on an existing Ray cluster with DISTRIBUTED_BACKEND=ray",
         )
     return replace(wishes, devices=devices)
+
+
+def _max_num_seqs(argv: tuple[str, ...], wishes: Wishes) -> int:
+    word = arguments.value_of(argv, "--max-num-seqs")
+    if word is None:
+        return wishes.max_num_seqs
+    if not re.fullmatch(r"[0-9]{1,9}", word) or int(word) < 1:
+        raise _refused("engine_args_invalid", f"--max-num-seqs {word} is no number of sequences", "give one above 0")
+    return int(word)
 
 
 def _flags(
@@ -245,5 +261,5 @@ def _only_known(own: dict[str, list[str]], known: frozenset[str] | None, warning
 
 
 def shown(plan: Plan) -> str:
-    """The command line as one would type it, for logs."""
-    return shlex.join(plan.argv)
+    """The command line as one would type it, for logs: without values that are secret by their name."""
+    return shlex.join(masked_arguments(plan.argv))

@@ -59,8 +59,11 @@ _CLASSES = (
 _ERROR_LINE = re.compile(r"(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*|.*\berror: .*")
 
 
-def classify(status: int | None, tail: str, what: str = "") -> Failure:
-    """`status`: exit status, negative for a signal, None when we ended it ourselves because of `what`."""
+def classify(status: int | None, tail: str, what: str = "", *, served: bool = False) -> Failure:
+    """`status`: exit status, negative for a signal, None when we ended it ourselves because of `what`.
+
+    `served`: it had been ready. What it wrote then may be old, or a client's words: it is always tried again.
+    """
     lines = [line.strip() for line in tail.splitlines() if line.strip()]
     named = [line for line in lines if _ERROR_LINE.search(line)]
     last = (named or ([] if what else lines) or [""])[-1]
@@ -71,7 +74,7 @@ def classify(status: int | None, tail: str, what: str = "") -> Failure:
     for row in _CLASSES if status != 0 else ():
         if any(row.pattern.search(line) for line in lines):
             cause = next(line for line in reversed(lines) if row.pattern.search(line))
-            return Failure(row.code, f"{what}: {cause[:500]}", row.remedy, row.retry, tail)
+            return Failure(row.code, f"{what}: {cause[:500]}", row.remedy, row.retry or served, tail)
     if status == -signal.SIGKILL:
         remedy = "when the kernel did it, memory ran out: dmesg | grep -i 'out of memory'"
         return Failure("engine_killed", what, remedy, tail=tail)

@@ -14,7 +14,9 @@ from xim_agent.errors import AgentError, Exit
 
 def find(vllm_path: str, environ: Mapping[str, str]) -> Path:
     """Absolute path of the launcher. Raises AgentError `launcher_missing`."""
-    found = shutil.which(str(Path(vllm_path).expanduser()), path=environ.get("PATH", os.defpath))
+    found = None
+    with suppress(RuntimeError):  # ~nobody
+        found = shutil.which(str(Path(vllm_path).expanduser()), path=environ.get("PATH", os.defpath))
     if found is None:
         raise AgentError(
             "launcher_missing",

@@ -86,11 +86,11 @@ class Leftovers:
     @classmethod
     def load(cls, file: str) -> "Leftovers":
         """Notes of an earlier engine; empty when there are none or they cannot be read."""
-        notes: dict[str, Any] = {}
-        with suppress(OSError, ValueError), open(file) as opened:
-            notes = json.load(opened)
-        shm = {name: (int(v[0]), int(v[1])) for name, v in notes.get("shm", {}).items()}
-        return cls(file, list(notes.get("sockets", [])), list(notes.get("scratch", [])), shm)
+        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError), open(file) as opened:
+            notes: dict[str, Any] = json.load(opened)
+            shm = {name: (int(v[0]), int(v[1])) for name, v in notes.get("shm", {}).items()}
+            return cls(file, list(notes.get("sockets", [])), list(notes.get("scratch", [])), shm)
+        return cls(file)
 
     def sweep(self) -> list[str]:
         """Removes all of it; call when no process of the tree is left. Returns what was removed."""

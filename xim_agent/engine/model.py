@@ -1,12 +1,14 @@
 """Reads a model directory: config.json and the headers of its safetensors files, never the weights."""
 
 import json
+from dataclasses import astuple
 from pathlib import Path
 
 from xim_agent.engine.sizing import ModelFacts, facts, served_weights
 from xim_agent.errors import AgentError, Exit
 
 _LONGEST_HEADER = 100 * 1024 * 1024  # the format's own limit
+_MOST = 1 << 48  # more bytes, tokens or layers than any model has; sums of such numbers still fit a float
 
 
 def read_model(directory: Path) -> ModelFacts:
@@ -14,14 +16,24 @@ def read_model(directory: Path) -> ModelFacts:
     try:
         config = json.loads((directory / "config.json").read_bytes())
         weights = sum(_weights(path) for path in sorted(directory.glob("*.safetensors")))
-        return facts(config, weights)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        return _checked(facts(config, weights))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise AgentError(
             "model_unreadable",
             f"{directory} is not a model that vLLM can serve: {error!r}",
             hint="a model directory holds config.json, *.safetensors and the tokenizer's files",
             exit_code=Exit.CONFIG,
         ) from error
+
+
+def _checked(model: ModelFacts) -> ModelFacts:
+    """The files come from outside: what sizing computes with has the type and the size that it expects."""
+    names: tuple[object, ...] = (model.architecture, model.quantization or "")
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError("architectures or quantization_config name no text")
+    if wild := [n for n in astuple(model) if isinstance(n, int | float) and not 0 <= n <= _MOST]:
+        raise ValueError(f"{wild[0]!r} is out of range")
+    return model
 
 
 def _weights(path: Path) -> int:

@@ -37,6 +37,9 @@ class Tail:
         self._kept += data
         del self._kept[:-TAIL_BYTES]
 
+    def clear(self) -> None:
+        self._kept.clear()
+
     def text(self) -> str:
         return self._kept.decode(errors="replace")
 

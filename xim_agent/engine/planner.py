@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import trio
@@ -28,6 +29,18 @@ LOCK_SECONDS = 20.0  # another agent's guard needs at most 10 to clean up
 MAX_SOCKET_PATH = 100
 
 
+class NoPlace(AgentError):
+    """The runtime directory cannot be used now; it may be later."""
+
+    def __init__(self, directory: Path, error: OSError) -> None:
+        super().__init__(
+            "runtime_directory",
+            f"{directory} cannot hold the engine's sockets: {error}",
+            hint="free it, or set RUNTIME_DIRECTORY to a short, writable directory",
+            exit_code=Exit.STATE,
+        )
+
+
 class Planner:
     """`runtime`: 0700, of this agent alone, short: sockets lie in it. `compile_cache`: vLLM's version → a directory."""
 
@@ -39,9 +52,11 @@ class Planner:
         self.socket = str(config.vllm_socket_path or runtime / "engine.sock")
         self._scratch = runtime / "t"
         self._flags = runtime / "flags.json"
+        self._locked: tuple[int, int] | None = None  # device and inode of the lock that the guard holds
 
     async def plan(self, target: EngineTarget) -> Plan:
-        """Raises AgentError as `command.plan` does, and socket_path_too_long, launcher_missing, model_unreadable."""
+        """Raises AgentError as `command.plan` does, and socket_path_too_long, launcher_missing, model_unreadable,
+        engine_place (launcher or compile caches cannot be reached on the disk)."""
         if len(os.fsencode(self.socket)) > MAX_SOCKET_PATH:
             raise AgentError(
                 "socket_path_too_long",
@@ -51,7 +66,15 @@ class Planner:
             )
         program = launcher.find(self._config.vllm_path, os.environ)
         model = await trio.to_thread.run_sync(read_model, target.directory)
-        caches = self._compile_cache(launcher.version(program))
+        try:
+            caches = self._compile_cache(launcher.version(program))
+        except OSError as error:
+            raise AgentError(
+                "engine_place",
+                f"vLLM's launcher or its compile caches cannot be reached: {error}",
+                hint="look at VLLM_PATH, and at space and permissions of MODEL_CACHE_PATH",
+                exit_code=Exit.STATE,
+            ) from error
         places = Places(str(program), str(target.directory), self.socket, str(self._scratch), str(caches))
         known = launcher.load_flags(self._flags, program)
         return plan(self._config, target.assignment, self._hardware, model, places, known)
@@ -67,7 +90,10 @@ class Planner:
             return False
         log.info("asking vLLM for the flags it knows")
         command = [str(program), "serve", "--help=all"]
-        text = await output_of(self._guard, command, self.environment(made), Leftovers(self._notes))
+        try:
+            text = await output_of(self._guard, command, self.environment(made), Leftovers(self._notes))
+        except OSError:  # the next start meets it too, and tells
+            return False
         flags = known_flags(text)
         if "--uds" not in flags:
             return False
@@ -81,9 +107,16 @@ class Planner:
     def _notes(self) -> str:
         return str(self.runtime / "leftovers.json")
 
-    def clean(self) -> Leftovers:
-        """The place is as if no engine had run here (over a stale socket vLLM does not start). Call with none alive."""
-        self._scratch.mkdir(mode=0o700, exist_ok=True)
+    async def clean(self) -> Leftovers:
+        """The place is as if no engine had run here (over a stale socket vLLM does not start). Call with none alive.
+
+        Made again when somebody removed it. Raises AgentError as `own_runtime` does.
+        """
+        await self.own_runtime()
+        try:
+            self._scratch.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise NoPlace(self.runtime, error) from error
         if gone := Leftovers.load(self._notes).sweep():
             log.info("swept what an earlier engine left", extra={"paths": gone})
         left = Leftovers(self._notes, [self.socket], [str(self._scratch)])
@@ -93,9 +126,18 @@ class Planner:
     async def own_runtime(self) -> None:
         """Takes the lock of the runtime directory, and gives it to the guard, who keeps it until all is clean.
 
-        Waits for the guard of an agent that was killed a moment ago. Raises AgentError `runtime_directory_in_use`.
+        Waits for the guard of an agent that was killed a moment ago. Done before, and the lock still there: nothing.
+        Raises NoPlace, and AgentError `runtime_directory_in_use`.
         """
-        lock = os.open(self.runtime / "engine.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        path = self.runtime / "engine.lock"
+        with suppress(OSError):
+            if self._locked == _inode(path.stat()):
+                return
+        try:
+            self.runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
+            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise NoPlace(self.runtime, error) from error
         until = trio.current_time() + LOCK_SECONDS
         try:
             while not _locked(lock):
@@ -108,8 +150,13 @@ class Planner:
                     )
                 await trio.sleep(0.1)
             await self._guard.hold(lock)
+            self._locked = _inode(os.fstat(lock))
         finally:
             os.close(lock)
+
+
+def _inode(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino
 
 
 def _locked(fd: int) -> bool:

@@ -155,6 +155,7 @@ class EngineRun:
             return
         await self._look_at_metrics()
         self._ready_at = trio.current_time()
+        self._tail.clear()  # the start's own complaints explain no later end
         self._hooks.ready()
         async with trio.open_nursery() as canaries:
             await self._stay_alive(canaries)

@@ -14,7 +14,7 @@ from xim_agent.engine.client import EngineClient
 from xim_agent.engine.command import Plan, shown
 from xim_agent.engine.failures import Failure, classify
 from xim_agent.engine.guard import Guard, GuardLost
-from xim_agent.engine.planner import Planner
+from xim_agent.engine.planner import NoPlace, Planner
 from xim_agent.engine.probe import Probe
 from xim_agent.engine.process import Ended, EngineRun, Hooks
 from xim_agent.engine.scrape import Gauges, Scrape
@@ -69,7 +69,7 @@ class EngineService:
     ) -> None:
         self._config, self._guard, self._clock, self._health, self._tell = config, guard, clock, health, changed
         self._planner = Planner(config, hardware, guard, runtime_dir, compile_cache)
-        self.client = EngineClient()
+        self.client = EngineClient(config.vllm_salt_secret)
         self.state = EngineState.STOPPED
         self._orders = Watch()
         self._changes = Watch()
@@ -205,8 +205,8 @@ class EngineService:
         if run.stopping:
             self._become(EngineState.STOPPED)
             return 0.0
-        failure = classify(ended.status, ended.tail, ended.why)
-        if failure.code == "engine_flag_unknown":
+        failure = classify(ended.status, ended.tail, ended.why, served=ended.ready_for > 0)
+        if failure.code == "engine_flag_unknown" and not failure.retry:
             try:
                 if await self._plan_again(order):
                     self._become(EngineState.FAILED)
@@ -219,7 +219,10 @@ class EngineService:
         """The restart gate, then the run."""
         if left := await self._guard.kill_all():
             return Ended(None, f"processes {left} of an earlier engine cannot be killed", "", 0.0)
-        leftovers = self._planner.clean()
+        try:
+            leftovers = await self._planner.clean()
+        except NoPlace as error:
+            return Ended(None, error.message, "", 0.0)
         log.info("starting vLLM", extra={"command": shown(plan)})
         try:
             return await run.run(plan.argv, self._planner.environment(plan), str(self._planner.runtime), leftovers)

@@ -79,7 +79,7 @@ def _parts(text: str) -> tuple[str, tuple[str, ...], str, bytes]:
     prefix, _, rest = text.partition("_")
     slug, separator, payload = rest.partition("_")
     if prefix != "xjk" or not separator:
-        raise JoseError("it does not have the form xjk_SLUG_PAYLOAD")
+        raise JoseError("it does not have the form xjk_<slug>_<payload>")
     if not _SLUG.fullmatch(slug):
         raise JoseError("its second part is not 1 to 63 characters of a-z, 0-9 and -")
     members = json_object(unb64u(payload))

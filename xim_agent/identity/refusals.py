@@ -2,7 +2,7 @@
 
 from xim_agent import PROTOCOL
 from xim_agent.errors import AgentError, Exit
-from xim_agent.outcome import Action, RouterError
+from xim_agent.outcome import NOT_A_ROUTER, Action, RouterError
 
 _NEW_KEY = "create a new join key at the router and set XEROTIER_AGENT_JOIN_KEY"
 _JOIN_KEY = {
@@ -36,12 +36,14 @@ def explain(error: RouterError) -> AgentError:
     if error.action is Action.CLOCK and error.date_skew is not None:
         message = f"{error.message} (this machine's clock is {-error.date_skew:+.0f} s off)"
         return AgentError(error.code, message, hint="set the clock (NTP)", exit_code=Exit.NO_ROUTER)
-    if error.action in TRANSIENT and error.action is not Action.FINAL:
+    if error.action is Action.FINAL:
+        return AgentError(error.code, error.message, hint=error.hint or NOT_A_ROUTER, exit_code=Exit.CONFIG)
+    if error.action in TRANSIENT:
         return AgentError(error.code, error.message, hint=error.hint, exit_code=Exit.NO_ROUTER)
     return error
 
 
-def credential_refused(error: RouterError, *, join_key_used: bool) -> AgentError:
+def credential_refused(error: RouterError, join_key_used: bool) -> AgentError:
     """The newest and the previous refresh token were refused and no join key is left to try."""
     reasons = {
         "credential_reused": "an old refresh token of this agent was presented, by a copy of its state or a thief,"

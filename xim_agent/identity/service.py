@@ -7,6 +7,7 @@ refresh in flight, and cancelling a poll cuts none.
 import logging
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,7 +34,10 @@ log = logging.getLogger("xim_agent.identity")
 
 
 class IdentityService:
-    """`agent_info` is `{name, version, os, arch, hostname}`; `hardware` gives the report of §3.6 when it is needed."""
+    """`agent_info` is `{name, version, os, arch, hostname}`; `hardware` gives the report of §3.6 when it is needed.
+
+    `join_key` is asked only then, too: a key that cannot be read (AgentError, exit 78) is no matter once enrolled.
+    """
 
     def __init__(
         self,
@@ -42,7 +46,7 @@ class IdentityService:
         transport: EnrollTransport,
         clock: Clock,
         health: Health,
-        join_key: JoinKey | None,
+        join_key: Callable[[], JoinKey | None],
         router_url: str | None,
         agent_info: dict[str, Any],
         hardware: Callable[[], dict[str, Any]],
@@ -82,11 +86,9 @@ class IdentityService:
 
     async def wait_bearer(self) -> Bearer:
         """Waits until there is a token that has not expired."""
-        while True:
-            seen = self._tokens.version
-            if self._bearer is not None and trio.current_time() < self._expires:
-                return self._bearer
-            await self._tokens.wait_beyond(seen)
+        while self._bearer is None or trio.current_time() >= self._expires:
+            await self._tokens.wait_beyond(self._tokens.version)
+        return self._bearer
 
     async def refused(self, token: str) -> None:
         """After a 401 for `token`: returns when a refresh was tried, at once when none is due or a newer one is there.
@@ -98,12 +100,11 @@ class IdentityService:
         else:
             await trio.lowlevel.checkpoint()
 
-    def unreachable(self, router: str) -> None:
-        """Work calls cannot reach `router`: from now on the bearer names the next one, if there are several."""
+    def unreachable(self) -> None:
+        """Work calls get no answer: from now on the bearer names the next router, if there are several."""
         routers = self._override or (self._memory.enrollment.routers if self._memory.enrollment else ())
-        if self._bearer is not None and self._bearer.router == router and router in routers:
-            following = routers[(routers.index(router) + 1) % len(routers)]
-            self._bearer = Bearer(following, self._bearer.token, self._bearer.agent_id)
+        if (now := self._bearer) is not None and now.router in routers:
+            self._bearer = replace(now, router=routers[(routers.index(now.router) + 1) % len(routers)])
 
     async def verify_assignment(self, jws: str) -> Assignment:
         """Also remembers it on disk, for a start without the router.
@@ -182,14 +183,16 @@ class IdentityService:
         """Work can start with the last run's token while the refresh of this start is under way."""
         old = self._memory.enrollment
         if old is None:
-            if self._join_key is None:
+            if self._join_key() is None:
                 raise refusals.no_credential()
             return
-        if self._join_key is not None:
-            log.info("join key ignored: this agent is enrolled", extra={"agent_id": old.agent_id})
-        now = self._clock.now()
-        if (found := old.claims(now)) is not None:
-            self._publish(old, found, (self._override or old.routers)[0], found.exp - now)
+        try:
+            if self._join_key() is not None:
+                log.info("join key ignored: this agent is enrolled", extra={"agent_id": old.agent_id})
+        except AgentError as error:
+            log.warning(f"join key ignored, this agent is enrolled: {error.message}", extra={"code": error.code})
+        if (found := old.claims(self._clock.now())) is not None:
+            self._publish(old, found, (self._override or old.routers)[0], found.exp - self._clock.now())
 
     async def _attempt(self) -> float:
         """Seconds until the next attempt: half of the token's life ± 10 % after a success, else the backoff's."""
@@ -221,7 +224,7 @@ class IdentityService:
         elif isinstance(error, TokenRefused):
             if enrolling and not error.clock:
                 raise error
-        elif error.code != "state_write_failed" or trio.current_time() >= self._expires:
+        elif error.code != "state_write_failed" or not self.enrolled:
             raise error
         self._failures += 1
         delay = self._backoff.next(self._rand(), retry_after)
@@ -259,18 +262,16 @@ class IdentityService:
                 refusal = error
                 continue
             await self._memory.keep(fresh)
-            self._refreshes += 1
-            self._last_refresh = self._clock.now()
+            self._refreshes, self._last_refresh = self._refreshes + 1, self._clock.now()
             self._publish(fresh, found, router, found.exp - found.iat)
             log.debug("token refreshed", extra={"router": router, "life_seconds": found.exp - found.iat})
             return None
         return refusal
 
     async def _enroll(self) -> None:
-        if self._refusal is not None and (self._join_key is None or self._join_key_used):
-            raise refusals.credential_refused(self._refusal, join_key_used=self._join_key_used)
-        if (join_key := self._join_key) is None:
-            raise refusals.no_credential()
+        used = self._refusal is not None and self._join_key_used
+        if (join_key := None if used else self._join_key()) is None:
+            raise refusals.credential_refused(self._refusal, used) if self._refusal else refusals.no_credential()
         about = {"agent": self._agent_info, "hardware": self._hardware(), "max_concurrent": self._max_concurrent}
         exchange = Exchange(self._transport, self._clock, await self._memory.key())
         fresh, found, router = await exchange.enroll(join_key, self._override or join_key.routers, about)

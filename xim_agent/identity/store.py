@@ -5,6 +5,7 @@ import fcntl
 import os
 import shlex
 import stat
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -64,8 +65,9 @@ class StateStore:
                 hint="stop it, or give this one its own directory with XEROTIER_AGENT_CONFIG_PATH",
                 exit_code=Exit.ALREADY_RUNNING,
             ) from None
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+        with suppress(OSError):  # a full disk: the pid is only for the message above
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
         return cls(directory, lock)
 
     def close(self) -> None:

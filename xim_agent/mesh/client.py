@@ -19,6 +19,8 @@ from xim_agent.outcome import Action, RouterError
 MAX_IDENTITY = 64 * 1024
 MAX_ASSIGNMENT = 256 * 1024
 MAX_MANIFEST = 64 * 1024 * 1024
+# Of the token, or of the credential behind it: a refresh tells, and knows what else there is to try.
+REFUSED = frozenset({Action.REFRESH, Action.ENROLL_AGAIN})
 T = TypeVar("T")
 
 
@@ -37,8 +39,8 @@ class Credentials(Protocol):
 class RouterClient:
     """`on_skew` gets the router's Date minus our clock, in seconds, with every reply. `credentials` is set before use.
 
-    A 401 asks `credentials` for a refresh and repeats once; a second one is the retry class. Cancelling a call closes
-    its connection and leaves nothing else behind.
+    A refused token asks `credentials` for a refresh and repeats once; a second refusal is the retry class. Cancelling a
+    call closes its connection and leaves nothing else behind.
     """
 
     def __init__(self, *, insecure: bool, clock: Clock, on_skew: Callable[[float], None]) -> None:
@@ -103,7 +105,13 @@ class RouterClient:
     async def poll(self, request: PollRequest) -> PollReply:
         silence = request.wait_ms / 1000 + SILENCE_SECONDS
         body = codec.encode(request)
-        return await self._work("/v1/work/poll", body, MAX_POLL_REPLY, codec.decode_poll_reply, silence)
+        return await self._work("/v1/work/poll", body, MAX_POLL_REPLY, self._poll_reply, silence)
+
+    def _poll_reply(self, data: bytes) -> PollReply:
+        def nameless(reason: str) -> None:
+            self._transport.count(RouterError("lease_malformed", reason))
+
+        return codec.decode_poll_reply(data, nameless)
 
     async def events(self, boot: str, frames: Sequence[Raw]) -> EventsReply:
         body = codec.encode_events(boot, frames)
@@ -147,12 +155,12 @@ class RouterClient:
         try:
             return await use(bearer)
         except RouterError as error:
-            if error.action is not Action.REFRESH:
+            if error.action not in REFUSED:
                 raise
         await self.credentials.refused(bearer.token)
         try:
             return await use(await self.credentials.wait_bearer())
         except RouterError as error:
-            if error.action is Action.REFRESH:
-                error.action = Action.RETRY
+            if error.action in REFUSED:
+                error.retry()
             raise

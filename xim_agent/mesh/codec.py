@@ -1,6 +1,6 @@
 """MessagePack of wire-protocol §5, both ends: sizes first, then types. Decoding raises nothing but `CodecError`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -14,6 +14,9 @@ from xim_agent.mesh.messages import (
     EventsReply,
     EventsRequest,
     Head,
+    Lease,
+    OddLease,
+    PollOrders,
     PollReply,
     PollRequest,
 )
@@ -61,8 +64,33 @@ def decode_poll_request(data: bytes) -> PollRequest:
     return decode(data, PollRequest, MAX_POLL_REQUEST)
 
 
-def decode_poll_reply(data: bytes) -> PollReply:
-    return decode(data, PollReply, MAX_POLL_REPLY)
+class _Received(PollOrders, frozen=True):
+    leases: list[Raw] = msgspec.field(default_factory=list)
+
+
+class _Named(msgspec.Struct):
+    id: int
+
+
+def decode_poll_reply(data: bytes, nameless: Callable[[str], None] = lambda reason: None) -> PollReply:
+    """One odd lease costs itself only: it comes as `OddLease`, or not at all and to `nameless` when it has no id."""
+    received: _Received = decode(data, _Received, MAX_POLL_REPLY)
+    leases = []
+    for raw in received.leases:
+        try:
+            leases.append(_lease(raw))
+        except CodecError as error:
+            nameless(str(error))
+    orders = {name: getattr(received, name) for name in PollOrders.__struct_fields__}
+    return PollReply(leases=leases, **orders)
+
+
+def _lease(raw: Raw) -> Lease:
+    try:
+        return decode(raw, Lease, MAX_POLL_REPLY)
+    except CodecError as error:
+        named: _Named = decode(raw, _Named, MAX_POLL_REPLY)
+        return OddLease(named.id, "", "", "", {}, None, False, "", 0, 0, flaw=str(error))
 
 
 def encode_events(boot: str, frames: Sequence[Raw]) -> bytes:

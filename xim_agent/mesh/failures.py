@@ -10,7 +10,7 @@ from urllib.request import getproxies, proxy_bypass
 import httpx
 import msgspec
 
-from xim_agent.outcome import Action, RouterError, classify
+from xim_agent.outcome import CODES, NOT_A_ROUTER, Action, RouterError, classify
 
 PROTOCOL = 1
 
@@ -19,7 +19,7 @@ def date_of(headers: Mapping[str, str]) -> float | None:
     """The Date header in Unix seconds."""
     try:
         return parsedate_to_datetime(headers["date"]).timestamp()
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, OverflowError):
         return None
 
 
@@ -30,7 +30,7 @@ def retry_after(headers: Mapping[str, str], now: float) -> float | None:
         return float(text[:9])
     try:
         return max(0.0, parsedate_to_datetime(text).timestamp() - (date_of(headers) or now))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return None
 
 
@@ -45,11 +45,14 @@ def from_reply(what: str, status: int, headers: Mapping[str, str], body: bytes, 
         problem = msgspec.json.decode(body, type=dict[str, Any])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         problem = {}
-    code = problem.get("code")
-    code = code if isinstance(code, str) and code else f"http_{status}"
+    word = problem.get("code")
+    # Codes become keys of counters and labels of metrics, so a router cannot make up new ones.
+    word = word if isinstance(word, str) else ""
+    code = word if word in CODES else f"http_{status}"
     detail = problem.get("detail") or problem.get("title")
-    message = f"{what}: {status} {code}" + (f": {detail:.500}" if isinstance(detail, str) else "")
-    hint = ""
+    message = f"{what}: {status} {word or code:.100}"
+    message += f": {detail:.500}" if isinstance(detail, str) else ""
+    hint = NOT_A_ROUTER if code != word and classify(status, code) is Action.FINAL else ""
     if classify(status, code) is Action.PROTOCOL:
         message += f"; the router speaks {problem.get('protocols')}, this agent [{PROTOCOL}]"
         hint = "install the agent version that belongs to this router"

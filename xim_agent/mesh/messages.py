@@ -114,14 +114,23 @@ class Lease(Struct, frozen=True):
     ttl_ms: int = 75_000
 
 
-class PollReply(Struct, frozen=True):
-    leases: list[Lease] = []
+class OddLease(Lease, frozen=True):
+    """A lease of which only the id could be read; `flaw` says why. Never on the wire."""
+
+    flaw: str = ""
+
+
+class PollOrders(Struct, frozen=True):
     credit: dict[int, int] = {}
     cancel: list[int] = []
     generation: int = 0
     drain: bool = False
     idle_reason: str | None = None
     retry_ms: int = 0
+
+
+class PollReply(PollOrders, frozen=True):
+    leases: list[Lease] = []
 
 
 class EventsRequest(Struct, frozen=True):

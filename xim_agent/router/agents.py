@@ -173,9 +173,9 @@ class AgentApi:
                 self._dispatch.assign(agent.id, duty, self._serves(agent.model), now)
 
     def save_seen(self) -> None:
-        """Writes when each agent was last heard; a power cut may forget some seconds of that."""
-        seen, self._seen = self._seen, {}
-        self._store.save_seen(seen)
+        """Writes when each agent was last heard; what was not written is kept. Raises sqlite3.Error."""
+        self._store.save_seen(self._seen)
+        self._seen = {}
 
     def _duty(self, who: Claims) -> Duty:
         return self._duty_of(who.agent_id, who.project)

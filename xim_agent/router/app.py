@@ -1,6 +1,9 @@
 """The local router as an ASGI application, and the server around it."""
 
+import logging
+import sqlite3
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,9 +27,11 @@ from xim_agent.router.incoming import Gone, Incoming, Replay, TooLarge
 from xim_agent.router.jobs import Limits
 from xim_agent.router.openai import ClientApi
 from xim_agent.router.replies import ApiError, error_response, not_found, with_protocol
-from xim_agent.router.server import Server, bound_url, open_tls, parse_listen
+from xim_agent.router.server import Server, bound_url, everywhere, open_tls, parse_listen
 from xim_agent.router.store import Store
 from xim_agent.router.tokens import Problem
+
+log = logging.getLogger("xim_agent.router")
 
 TICK_SECONDS = 0.25
 SEEN_SECONDS = 15.0
@@ -53,9 +58,9 @@ class Endpoint(Generic[Who]):
         try:
             try:
                 who, body = await self._enter(Request(scope, receive), incoming)
-            except (Problem, ApiError) as error:
+            except (Problem, ApiError, sqlite3.Error) as error:
                 await incoming.discard()
-                await error_response(error)(scope, receive, send)
+                await self._refusal(error)(scope, receive, send)
                 return
         except Gone:
             return
@@ -64,8 +69,8 @@ class Endpoint(Generic[Who]):
             reply: ASGIApp
             try:
                 reply = await self.handle(Request(scope, Replay(body)), who)
-            except (Problem, ApiError) as error:
-                reply = error_response(error)
+            except (Problem, ApiError, sqlite3.Error) as error:
+                reply = self._refusal(error)
             await reply(scope, Replay(b""), send)
             nursery.cancel_scope.cancel()
 
@@ -80,6 +85,12 @@ class Endpoint(Generic[Who]):
             raise self._error(413, "request_too_large", f"the body is larger than {self.limit} bytes") from None
         except ContentError as error:
             raise self._error(400, "invalid_request", f"the body: {error}") from None
+
+    def _refusal(self, error: Problem | ApiError | sqlite3.Error) -> ASGIApp:
+        if isinstance(error, sqlite3.Error):
+            log.warning("a request failed: the router's database does not answer", extra={"error": str(error)})
+            error = self._error(503, "router_busy", "the router's database does not answer; try again")
+        return error_response(error)
 
     def _error(self, status: int, code: str, detail: str) -> Problem | ApiError:
         return Problem(status, code, detail) if self.agents else ApiError(status, code, detail)
@@ -145,20 +156,25 @@ class Router:
     async def tend(self) -> None:
         """Until cancelled: time that passes, and what other processes write into the database."""
         self.dispatch.start(trio.current_time())
-        version, saved = self.store.data_version(), trio.current_time()
+        version, saved = -1, trio.current_time()
         try:
             while True:
-                await trio.sleep(TICK_SECONDS)
                 now = trio.current_time()
                 self.dispatch.tick(now)
-                if (found := self.store.data_version()) != version:
-                    version = found
-                    self.agents.reload()
-                if now - saved >= SEEN_SECONDS:
-                    saved = now
-                    self.agents.save_seen()
+                try:
+                    if (found := self.store.data_version()) != version:
+                        self.agents.reload()
+                        version = found
+                    if now - saved >= SEEN_SECONDS:
+                        self.agents.save_seen()
+                        saved = now
+                except sqlite3.Error as error:
+                    # Busy or full: what could not be read or written is tried again, and requests go on.
+                    log.warning("the router's database does not answer", extra={"error": str(error)})
+                await trio.sleep(TICK_SECONDS)
         finally:
-            self.agents.save_seen()
+            with suppress(sqlite3.Error):
+                self.agents.save_seen()
 
 
 def make_app(store: Store, limits: Limits | None = None, clock: Clock | None = None) -> Router:
@@ -177,9 +193,17 @@ async def serve(
 ) -> None:
     """Serves until cancelled; then every connection is closed at once and nothing is left of it.
 
-    `listen` is HOST:PORT, port 0 for any. Reports the bound URLs. Raises AgentError `listen_failed`, `tls_certificate`.
+    `listen` is HOST:PORT, port 0 for any. Reports the bound URLs. Raises AgentError `listen_failed`, `tls_certificate`,
+    `public_url_missing`.
     """
     host, port = parse_listen(listen)
+    if not public_urls and everywhere(host) and not app.store.urls_given:
+        raise AgentError(
+            "public_url_missing",
+            f"agents and clients cannot reach {listen}: it means every address of this machine",
+            hint="say by which one they come: --public-url http://HOST:PORT",
+            exit_code=Exit.USAGE,
+        )
     context = open_tls(tls_cert, tls_key) if tls_cert else None
     try:
         sockets = await trio.open_tcp_listeners(port, host=host)
@@ -190,13 +214,13 @@ async def serve(
         ) from error
     bound = [bound_url(listener.socket.getsockname(), "https" if context else "http") for listener in sockets]
     app.store.serve_at(public_urls, bound[0])
+    app.store.hurry()
     app.agents.reload()  # the first start decides the issuer
     listeners: list[Any] = (
         [trio.SSLListener(s, context, https_compatible=True) for s in sockets] if context else sockets
     )
     server = Server(app)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(server.close_at_end)
         nursery.start_soon(app.tend)
         await nursery.start(trio.serve_listeners, server.connection, listeners)
         task_status.started(bound)

@@ -130,7 +130,8 @@ def assign(db: sqlite3.Connection, name: str, revision: str | None, agent_id: st
         known = ", ".join(f"{m.name}@{m.revision}" for m in models(db)[:10]) or "none yet"
         hint = f"published: {known}; publish one with `router model publish PATH --name {name}`"
         raise AgentError("model_unknown", f"no model {wanted} is published", hint=hint, exit_code=Exit.USAGE)
-    if agent_id is not None and not db.execute("SELECT 1 FROM agents WHERE agent_id=?", (agent_id,)).fetchone():
+    known_agent = "SELECT 1 FROM agents WHERE agent_id=? AND state != 'removed'"
+    if agent_id is not None and not db.execute(known_agent, (agent_id,)).fetchone():
         raise AgentError(
             "agent_unknown",
             f"no agent {agent_id} is enrolled here",

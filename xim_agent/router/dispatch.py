@@ -63,6 +63,8 @@ class Dispatch:
             raise Refused(failure("endpoint_inactive", f"no agent of this project serves {job.model!r} now"))
         if self.board.queues.length(job.key) >= self.limits.queue_length:
             raise Refused(failure("capacity_exceeded", "too many requests are waiting"))
+        if self.board.queues.bytes + len(job.body) > self.limits.queue_bytes:
+            raise Refused(failure("capacity_exceeded", "too much data is waiting"))
         job.deadline = now + self.limits.request_time
         self.board.counts["submitted"] += 1
         self.board.queues.push(job, now)
@@ -157,7 +159,7 @@ class Dispatch:
         leases = self._leases(poll, now)
         return PollReply(
             leases=leases,
-            credit={g.id: g.tell_credit(now) for g in grants if g.total > g.told or g.credit_due(now, repeat)},
+            credit={g.id: g.tell_credit(now) for g in grants if g.confirmed and not g.cancel},
             cancel=[*settle.cancels(agent, now), *foreign],
             generation=told[0],
             drain=told[1],

@@ -52,24 +52,25 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
     db.execute("BEGIN IMMEDIATE")
     try:
         yield
+        db.commit()
     except BaseException:
         db.rollback()
         raise
-    db.commit()
 
 
 def open_keys(db: sqlite3.Connection, issuer: str, now: float) -> RouterKeys:
-    """The router's keys, made at the first call. Retired signing keys are left out."""
-    with transaction(db):
-        for kind in ("root", "signing"):
-            if not db.execute("SELECT 1 FROM signing_keys WHERE kind=? AND retired IS NULL", (kind,)).fetchone():
+    """The router's keys, made at the first call: later ones only read. Retired signing keys are left out."""
+    query = "SELECT kind, private FROM signing_keys WHERE retired IS NULL ORDER BY created DESC, rowid DESC"
+    rows = db.execute(query).fetchall()
+    if {kind for kind, _ in rows} != {"root", "signing"}:
+        with transaction(db):
+            have = {kind for kind, _ in db.execute(query)}
+            for kind in sorted({"root", "signing"} - have):
                 key = Ed25519PrivateKey.generate()
                 jwk = {**jose.jwk_of(key.public_key()), "d": jose.private_text(key)}
                 row = (jose.thumbprint(key.public_key()), kind, json.dumps(jwk), now)
                 db.execute("INSERT INTO signing_keys(kid, kind, private, created) VALUES(?, ?, ?, ?)", row)
-        rows = db.execute(
-            "SELECT kind, private FROM signing_keys WHERE retired IS NULL ORDER BY created DESC, rowid DESC"
-        ).fetchall()
+            rows = db.execute(query).fetchall()
     keys = [(kind, jose.private_key(json.loads(private)["d"])) for kind, private in rows]
     root = next(key for kind, key in keys if kind == "root")
     return RouterKeys(issuer, root, tuple(key for kind, key in keys if kind == "signing"))

@@ -75,7 +75,7 @@ class Agent:
 
     @property
     def busy(self) -> float:
-        return (len(self.grants) + (self.load.waiting or 0)) / max(1, self.ceiling)
+        return (len(self.grants) + max(0, self.load.waiting or 0)) / max(1, self.ceiling)
 
     def silent(self, now: float) -> float:
         """Seconds since it was heard; a held poll is being heard."""

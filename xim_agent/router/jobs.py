@@ -17,7 +17,8 @@ class Limits:
 
     ttl: float = 75.0
     queue_wait: float = 60.0
-    queue_length: int = 1024  # bodies may be 32 MiB each: what waits is bounded by count as well as by time
+    queue_length: int = 1024  # of one queue
+    queue_bytes: int = 1024 * MIB  # of the bodies in all queues: one may have 32 MiB
     request_time: float = 1800.0  # the longest request of any tier (xerotier-facts §2.7)
     retries: int = 2
     window: int = 512 * KIB  # unread data per stream, two of the largest frames: some seconds of the fastest stream
@@ -137,7 +138,7 @@ class Grant:
     """A job in the hands of an agent: the router's end of a lease. Frames are put in order and applied to the job.
 
     `offered`: n of the poll whose reply carries it. `confirmed`: the agent has shown that it holds it. `told`: the
-    credit total the agent knows of; `before`: the one before that.
+    credit total the agent was told last; the telling may have got lost.
     """
 
     id: int
@@ -150,7 +151,6 @@ class Grant:
     cancel: bool = False
     cancel_told: float = float("-inf")
     told: int = 0
-    before: int = 0
     told_at: float = float("-inf")
     headed: bool = False
     received: int = 0
@@ -160,7 +160,7 @@ class Grant:
     waiting: dict[int, Payload] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.told = self.before = self.window
+        self.told = self.window
 
     @property
     def acked(self) -> int:
@@ -205,12 +205,14 @@ class Grant:
 
     def credit_due(self, now: float, repeat: float) -> bool:
         """Whether the agent must be told at once: it may have stopped, or have stopped and not heard of more."""
-        if self.cancel:
+        if self.cancel or not self.confirmed:
             return False
         if self.thirsty and self.total - self.told >= self.window // 4:
             return True
-        stopped = self.told > self.before >= self.received >= self.before - self.window // 2
-        return stopped and now - self.told_at >= repeat
+        # The lease itself gave it one window. With the half of that gone it may be waiting for credit that got lost;
+        # while its frames arrive, each reply tells it again.
+        may_wait = self.received > self.window // 2
+        return may_wait and now - self.told_at >= repeat
 
     @property
     def thirsty(self) -> bool:
@@ -218,9 +220,8 @@ class Grant:
         return self.told - self.received <= self.window // 2
 
     def tell_credit(self, now: float) -> int:
-        if self.total > self.told:
-            self.before, self.told = self.told, self.total
-        self.told_at = now
+        """The total, which may be told as often as one likes."""
+        self.told, self.told_at = max(self.told, self.total), now
         return self.told
 
     def cancel_due(self, now: float, repeat: float) -> bool:

@@ -19,6 +19,7 @@ from xim_agent.cache.manifest import (
     check_path,
     encode,
     is_unsafe,
+    parse,
 )
 from xim_agent.errors import AgentError, Exit
 
@@ -54,8 +55,19 @@ def publish(
 
     `revision` None: derived from the content. `progress` is told (bytes done, bytes in all); `workers`: zstd threads.
     The manifest is written last and every file by one rename, so a run that is cut leaves only chunks that the next
-    one finds. Links to files are followed. Raises AgentError `model_path`, `model_changed`, ManifestRefused.
+    one finds. Links to files are followed. Raises AgentError `model_name`, `model_path`, `model_changed`,
+    `publish_io`, and ManifestRefused, before anything is read where that can be known.
     """
+    check_name(name)
+    try:
+        return _publish(path, name, revision, data_dir / "models", progress, max(1, workers))
+    except OSError as e:
+        raise AgentError("publish_io", f"{path} cannot be published: {e}", exit_code=Exit.STATE) from e
+
+
+def _publish(
+    path: Path, name: str, revision: str | None, store: Path, progress: Progress | None, workers: int
+) -> PublishedModel:
     root = path.expanduser()
     if not root.is_dir():
         raise AgentError("model_path", f"{path} is not a directory", exit_code=Exit.USAGE)
@@ -64,13 +76,13 @@ def publish(
         raise AgentError("model_path", f"{path} holds no file that can be published", exit_code=Exit.USAGE)
     if revision is not None:
         check_component(revision)
-    store = _Blobs(data_dir / "models", sum((root / p).stat().st_size for p in kept), progress, max(1, workers))
-    files = tuple(store.add(root, p) for p in kept)
+    _checked(Manifest(FORMAT, name, "", tuple(File(p, 0, sha256().hexdigest(), ()) for p in kept)))
+    blobs = _Blobs(store, sum((root / p).stat().st_size for p in kept), progress, workers)
+    files = tuple(blobs.add(root, p) for p in kept)
     revision = revision or sha256(encode(Manifest(FORMAT, "", "", files))).hexdigest()[:12]
     manifest = Manifest(FORMAT, name, revision, files)
-    data = encode(manifest)
-    digest = sha256(data).hexdigest()
-    _write(data_dir / "models" / "manifests" / f"{digest}.json", data)
+    data, digest = _checked(manifest)
+    _write(store / "manifests" / f"{digest}.json", data)
     return PublishedModel(
         name=name,
         revision=revision,
@@ -88,10 +100,34 @@ def model_id(name: str) -> str:
     return plain if plain and plain == name else f"{plain or 'model'}-{sha256(name.encode()).hexdigest()[:8]}"
 
 
+def check_name(name: str) -> None:
+    """Raises AgentError `model_name`. `@` separates a name from its revision."""
+    if not 1 <= len(name) <= 200 or not name.isprintable() or "@" in name or name != name.strip():
+        raise AgentError(
+            "model_name",
+            f"{name[:200]!r} is no model name",
+            hint="1 to 200 printable characters, no @, no space at either end",
+            exit_code=Exit.USAGE,
+        )
+
+
+def _checked(manifest: Manifest) -> tuple[bytes, str]:
+    """Its bytes and their SHA-256 (hex). Raises ManifestRefused where an agent would."""
+    data = encode(manifest)
+    digest = sha256(data).hexdigest()
+    model, revision = manifest.model, manifest.revision
+    parse(data, digest=digest, model=model, revision=revision, size_bytes=None, allow_unsafe=False)
+    return data, digest
+
+
+def _fail(error: OSError) -> None:
+    raise error
+
+
 def _select(root: Path) -> tuple[list[str], list[str]]:
     """(paths to publish, paths left out), sorted. Raises ManifestRefused for a name that agents would refuse."""
     kept, dropped = [], []
-    for directory, folders, names in os.walk(root):
+    for directory, folders, names in os.walk(root, onerror=_fail):
         here = Path(directory)
         for folder in list(folders):
             if folder.startswith(".") or (here / folder).is_symlink():

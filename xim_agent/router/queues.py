@@ -8,21 +8,28 @@ Key = tuple[str, str]
 
 
 class Queues:
+    """`bytes`: of all bodies that wait."""
+
     def __init__(self) -> None:
         self._queues: dict[Key, deque[Job]] = {}
+        self.bytes = 0
 
     def push(self, job: Job, now: float) -> None:
-        job.queued_since, job.queued = now, True
-        self._queues.setdefault(job.key, deque()).append(job)
+        self._enter(job, now).append(job)
 
     def push_first(self, job: Job, now: float) -> None:
+        self._enter(job, now).appendleft(job)
+
+    def _enter(self, job: Job, now: float) -> deque[Job]:
         job.queued_since, job.queued = now, True
-        self._queues.setdefault(job.key, deque()).appendleft(job)
+        self.bytes += len(job.body)
+        return self._queues.setdefault(job.key, deque())
 
     def remove(self, job: Job) -> None:
         """Does nothing for a job that does not wait."""
         if job.queued:
             job.queued = False
+            self.bytes -= len(job.body)
             queue = self._queues[job.key]
             queue.remove(job)
             if not queue:

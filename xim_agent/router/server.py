@@ -1,5 +1,6 @@
-"""HTTP on connections of our own, so that a stop can close them; addresses and TLS of `router serve`."""
+"""Connections that cannot hurt each other; addresses and TLS of `router serve`."""
 
+import ipaddress
 import logging
 import ssl
 from pathlib import Path
@@ -9,45 +10,36 @@ import h11
 import trio
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config as ServerConfig
-from hypercorn.trio.tcp_server import TCPServer
-from hypercorn.trio.worker_context import WorkerContext
-from hypercorn.typing import ConnectionState
 
 from xim_agent.errors import AgentError, Exit
+from xim_agent.router.connection import Connection
 
 log = logging.getLogger("xim_agent.router")
-Stream = trio.SocketStream | trio.SSLStream[trio.SocketStream]
+
+PATIENCE_SECONDS = 60.0
+_BROKEN = (h11.ProtocolError, trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError, OSError)
 
 
 class Server:
     """hypercorn's HTTP/1.1 for single connections: its own `serve` waits for clients that do not read, for ever."""
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: Any, patience: float = PATIENCE_SECONDS) -> None:
         self._app = ASGIWrapper(app)
-        self._streams: set[Stream] = set()
+        self._patience = patience
         self._config = ServerConfig()
         self._config.keep_alive_timeout = 75.0
         self._config.include_server_header = False
         self._config.errorlog = logging.getLogger("xim_agent.router.http")
-        self._context = WorkerContext(None)
 
     async def connection(self, stream: Any) -> None:
-        """Until either side closes it. What goes wrong on a connection ends that connection."""
-        self._streams.add(stream)
+        """Until either side closes it, or it is cancelled. What goes wrong on a connection ends that connection."""
         try:
-            await TCPServer(self._app, self._config, self._context, ConnectionState({}), stream).run()
-        except* (h11.ProtocolError, trio.BrokenResourceError, trio.ClosedResourceError, OSError) as group:
+            await Connection(self._app, self._config, stream, self._patience).run()
+        except* _BROKEN as group:
             log.debug("connection broke", extra={"error": repr(group.exceptions[0])})
-        finally:
-            self._streams.discard(stream)
-
-    async def close_at_end(self) -> None:
-        """Until cancelled, then closes all connections: a send is shielded and ends only when its socket does."""
-        try:
-            await trio.sleep_forever()
-        finally:
-            for stream in tuple(self._streams):
-                (stream.transport_stream if isinstance(stream, trio.SSLStream) else stream).socket.close()
+        except* Exception:
+            # Anybody may connect: a mistake of ours that one caller finds must not end the service for the others.
+            log.exception("connection failed")
 
 
 def parse_listen(listen: str) -> tuple[str, int]:
@@ -58,6 +50,14 @@ def parse_listen(listen: str) -> tuple[str, int]:
         message = f"--listen {listen!r} is not HOST:PORT"
         raise AgentError("listen_invalid", message, hint="for example 127.0.0.1:8080", exit_code=Exit.USAGE)
     return host, int(port)
+
+
+def everywhere(host: str) -> bool:
+    """Whether it is no address that anybody can call."""
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False
 
 
 def bound_url(name: tuple[Any, ...], scheme: str) -> str:

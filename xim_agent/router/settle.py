@@ -42,7 +42,7 @@ def _reply(board: Board, agent: Agent, touched: set[int], now: float) -> EventsR
         else:
             if grant.acked >= 0:
                 acked[lease] = grant.acked
-            if not grant.cancel and (grant.total - grant.told >= grant.window // 8 or grant.thirsty):
+            if not grant.cancel:
                 credit[lease] = grant.tell_credit(now)
     return EventsReply(acked=acked, credit=credit, cancel=cancels(agent, now), unknown=unknown)
 

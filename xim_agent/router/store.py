@@ -1,18 +1,21 @@
 """The router's database: DIR/router.sqlite, WAL, shared by the running router and the commands beside it."""
 
+import fcntl
 import json
 import os
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from xim_agent.errors import AgentError, Exit
+from xim_agent.errors import AgentError, Exit, leaves
 from xim_agent.router import enrollment
 from xim_agent.router.tokens import RouterKeys
 
 DEFAULT_LISTEN = "127.0.0.1:8080"
+FILE = "router.sqlite"
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS settings(key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -41,7 +44,10 @@ CREATE TABLE IF NOT EXISTS api_keys(hash BLOB PRIMARY KEY, project TEXT NOT NULL
 
 
 class Store:
-    """One connection; every call is short and blocks. Times are Unix seconds. Use it as a context manager."""
+    """One connection; every call is short and blocks. Times are Unix seconds. Raises sqlite3.Error.
+
+    As a context manager it closes itself, and what SQLite raised inside becomes AgentError `router_data`, exit 77.
+    """
 
     def __init__(self, directory: Path, db: sqlite3.Connection) -> None:
         self.directory = directory
@@ -50,7 +56,7 @@ class Store:
     @classmethod
     def open(cls, directory: Path) -> Self:
         """Makes what is missing, readable by its owner only: the private keys are in it. Raises AgentError, exit 77."""
-        path = directory / "router.sqlite"
+        path = directory / FILE
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
@@ -77,6 +83,9 @@ class Store:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+        for cause in leaves(error) if error is not None else ():
+            if isinstance(cause, sqlite3.Error):
+                raise _unusable(self.directory / FILE, cause) from cause
 
     def data_version(self) -> int:
         """Another number whenever another connection has committed something."""
@@ -93,16 +102,27 @@ class Store:
         """When agents were last heard, in one transaction that is not forced to disk: nothing depends on it."""
         if seen:
             self.db.execute("PRAGMA synchronous = NORMAL")
-            with enrollment.transaction(self.db):
-                rows = [(when, agent_id) for agent_id, when in seen.items()]
-                self.db.executemany("UPDATE agents SET last_seen=? WHERE agent_id=?", rows)
-            self.db.execute("PRAGMA synchronous = FULL")
+            try:
+                with enrollment.transaction(self.db):
+                    rows = [(when, agent_id) for agent_id, when in seen.items()]
+                    self.db.executemany("UPDATE agents SET last_seen=? WHERE agent_id=?", rows)
+            finally:
+                self.db.execute("PRAGMA synchronous = FULL")
+
+    def hurry(self) -> None:
+        """From now on waits 0.2 s for another process at most: a serving router has others to answer meanwhile."""
+        self.db.execute("PRAGMA busy_timeout = 200")
 
     @property
     def public_urls(self) -> list[str]:
         """Where agents and clients reach the router; until it was served once, where it listens by default."""
         stored = self.setting("public_urls")
         return list(json.loads(stored)) if stored else [f"http://{DEFAULT_LISTEN}"]
+
+    @property
+    def urls_given(self) -> bool:
+        """Whether somebody once said what the public URLs are."""
+        return self.setting("public_urls_given") is not None
 
     @property
     def served_before(self) -> bool:
@@ -116,7 +136,7 @@ class Store:
         if given:
             self.set_setting("public_urls", json.dumps([url.rstrip("/") for url in given]))
             self.set_setting("public_urls_given", "1")
-        elif self.setting("public_urls_given") is None:
+        elif not self.urls_given:
             self.set_setting("public_urls", json.dumps([listening]))
         if self.setting("issuer") is None:
             self.set_setting("issuer", self.public_urls[0])
@@ -138,6 +158,32 @@ class Store:
             public_urls=self.public_urls,
             now=now,
         )
+
+
+@contextmanager
+def router_lock(directory: Path) -> Iterator[None]:
+    """Held by the one router that serves a directory; it goes with the process. Raises AgentError, exit 14 or 77."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise _unusable(directory / "lock", error) from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = os.pread(lock, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            raise AgentError(
+                "already_running",
+                f"another router with pid {pid} uses {directory}",
+                hint="stop it, or give this one a directory of its own with --data",
+                exit_code=Exit.ALREADY_RUNNING,
+            ) from None
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(lock)
 
 
 def _unusable(path: Path, error: Exception) -> AgentError:

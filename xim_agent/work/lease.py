@@ -4,7 +4,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from xim_agent.mesh.messages import MAX_BODY, SERVED_PATHS, Error, Lease
+from xim_agent.mesh.messages import MAX_BODY, SERVED_PATHS, Error, Lease, OddLease
 
 _REQUEST_HEADERS = frozenset({"content-type", "accept", "traceparent", "tracestate"})
 _HOP_BY_HOP = frozenset(
@@ -15,6 +15,8 @@ _HOP_BY_HOP = frozenset(
 
 def refusal(lease: Lease, *, room: int, ready: bool, draining: bool) -> Error | None:
     """None when the lease is taken. `room`: how many more the poll that brought it offered to take."""
+    if isinstance(lease, OddLease):
+        return Error("invalid_request", f"the lease cannot be read: {lease.flaw:.200}", retryable=False)
     if lease.method != "POST" or lease.path not in SERVED_PATHS:
         return Error("invalid_request", f"{lease.method:.16} {lease.path:.200} is not served", retryable=False)
     if lease.body is not None and len(lease.body) > MAX_BODY:

@@ -20,20 +20,30 @@ Kind = Literal["poll", "events"]
 # the backoff would; that is still below one attempt per second on average.
 QUICK_FOR = 60.0
 QUICK_CAP = 1.5
+# So many calls in a row without a reply, and the next router is tried.
+UNANSWERED = 3
 
 
 class Link:
     """Use: `await turn()`, then at once `with call(kind): await ...`.
 
     While the link is up every call may go. After a failure nobody goes before the backoff has passed, and then one call
-    alone, until one of those has succeeded.
+    alone, until one of those has succeeded. `unreachable` is called after every third call in a row without a reply.
     """
 
-    def __init__(self, *, health: Health, rand: Callable[[], float] = random.random) -> None:
+    def __init__(
+        self,
+        *,
+        health: Health,
+        unreachable: Callable[[], None] = lambda: None,
+        rand: Callable[[], float] = random.random,
+    ) -> None:
         self.up = False
         # Called when events got through again: a poll sent before the outage may hang on a dead connection.
         self.on_back: Callable[[], None] = lambda: None
         self._health = health
+        self._unreachable = unreachable
+        self._unanswered = 0
         self._rand = rand
         self._backoff = Backoff()
         self._changed = Watch()
@@ -76,6 +86,7 @@ class Link:
         if self._down_since is not None:
             log.info("router answers again", extra={"seconds": round(trio.current_time() - self._down_since, 1)})
         self.up = True
+        self._unanswered = 0
         self._down_since = None
         # Calls that are refused one way and succeed the other way must not become a hot loop.
         if self._last is None or self._last[1].status is None or self._last[0] == kind:
@@ -96,6 +107,10 @@ class Link:
             log.warning("router does not answer", extra={"code": error.code, "reason": error.message})
         self.up = False
         self._last = (kind, error)
+        self._unanswered = self._unanswered + 1 if error.status is None else 0
+        if self._unanswered == UNANSWERED:
+            self._unanswered = 0
+            self._unreachable()
         delay = self._backoff.next(self._rand())
         if error.status is None and now - self._down_since < QUICK_FOR:
             delay = min(delay, QUICK_CAP)

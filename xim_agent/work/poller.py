@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Protocol
 
 import trio
@@ -14,6 +13,7 @@ from xim_agent.health import Health
 from xim_agent.mesh.messages import Load, ModelState, Phase, PollReply, PollRequest, Progress
 from xim_agent.outcome import Action, RouterError
 from xim_agent.work import capacity
+from xim_agent.work.clone import clone
 from xim_agent.work.lease import refusal
 from xim_agent.work.link import Link
 from xim_agent.work.request import Bodies, Engine, serve
@@ -258,26 +258,19 @@ class Poller:
             log.error("poll refused", extra={"code": error.code, "reason": error.message})
 
     def _check_clone(self, error: RouterError) -> None:
-        """Both are told; the one that started later ends (exit 14), the other one warns and goes on.
-
-        The problem's `address` and `start` are the other one's, `yours` is our own start by the router's clock. The
-        earlier one is told once in a while, the later one every time.
+        """Raises exit 14 when we are the later one, else warns. Where the reply does not say who is, time tells: the
+        router refuses the earlier one once in a while, the later one every time.
         """
-        address, start = error.problem.get("address"), error.problem.get("start")
-        ours = error.problem.get("yours", self._started)
-        earlier = isinstance(start, int | float) and isinstance(ours, int | float) and start > ours
+        other = clone(error.problem, self._started)
         self._clone_refusals += 1
-        message = f"this identity also runs at {address or 'another address'}"
-        if isinstance(start, int | float):
-            message += f", since {datetime.fromtimestamp(start, UTC):%Y-%m-%d %H:%M:%S} UTC"
-        if earlier and self._clone_refusals < CLONE_REFUSALS:
+        if other.later is not False and self._clone_refusals < CLONE_REFUSALS:
             self._clone_seen = self._clock.now()
-            log.warning(message)
-            self._health.set("identity_in_use", message, "stop the copy, or give it a join key of its own")
+            log.warning(other.message)
+            self._health.set("identity_in_use", other.message, "stop the copy, or give it a join key of its own")
             return
         raise AgentError(
             "identity_in_use",
-            message,
+            other.message,
             hint="every agent needs a config directory and an enrollment of its own",
             exit_code=Exit.ALREADY_RUNNING,
         ) from error

@@ -30,7 +30,9 @@ class EngineReply(Protocol):
 
 
 class EngineClient(Protocol):
-    def open(self, path: str, headers: Mapping[str, str], body: bytes) -> AbstractAsyncContextManager[EngineReply]:
+    def open(
+        self, path: str, headers: Mapping[str, str], body: bytes, *, tenant: str = ""
+    ) -> AbstractAsyncContextManager[EngineReply]:
         """Leaving the context, by cancellation too, closes the connection, which aborts the request at vLLM."""
         ...
 
@@ -81,7 +83,7 @@ async def _relay(lease: Lease, out: Outgoing, engine: Engine, bodies: Bodies) ->
     body = lease.body if lease.body is not None else await _fetch(lease.request, bodies)
     if len(body) > MAX_BODY:
         return Error("invalid_request", f"the body has {len(body)} bytes, over {MAX_BODY}", retryable=False)
-    async with engine.client.open(lease.path, request_headers(lease.headers), body) as reply:
+    async with engine.client.open(lease.path, request_headers(lease.headers), body, tenant=lease.tenant) as reply:
         headers = reply_headers(reply.headers)
         out.head(reply.status, headers)
         tail = Tail() if headers.get("content-type", "").startswith("text/event-stream") else None

@@ -210,7 +210,10 @@ class Sender:
             for start in range(0, len(entry.frames), SPOOL_FRAMES):
                 await self._send_spooled(entry.boot, entry.frames[start : start + SPOOL_FRAMES])
         if entries:
-            self._spool.clear()
+            try:
+                self._spool.clear()
+            except OSError as error:  # they are sent again at the next start, which changes nothing
+                log.warning("spool cannot be removed", extra={"reason": str(error)})
 
     async def _send_spooled(self, boot: str, frames: list[Raw]) -> None:
         while True:

@@ -48,14 +48,16 @@ class Dashboard:
         }
 
     def viewer(self, request: Request) -> None:
-        """Raises ApiError 403 for a caller elsewhere, and for a page elsewhere whose name was made to resolve to us."""
+        """Raises ApiError 403 for a caller elsewhere, one that comes by way of a proxy here, and a page elsewhere whose
+        name was made to resolve to us.
+        """
         remote = request.client.host if request.client else ""
         try:
             host = urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
         except ValueError:
             host = ""
-        public = {urlsplit(url).hostname for url in self._store.public_urls}
-        if not _loopback(remote) or not (_loopback(host) or host in public):
+        forwarded = any(n in ("forwarded", "via", "x-real-ip") or n.startswith("x-forwarded-") for n in request.headers)
+        if forwarded or not _loopback(remote) or not _loopback(host):
             text = "The dashboard answers on the router's own machine only; reach it by `ssh -L 8080:127.0.0.1:8080`."
             raise ApiError(403, "dashboard_local", text)
 

@@ -1,6 +1,7 @@
 """What the dashboard shows, as plain data: the rows of the database joined with what the dispatcher knows."""
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,8 @@ def agent_view(
 ) -> dict[str, Any]:
     """One agent. `row`: of table agents; `agent`: None while it has not polled since the router started."""
     hardware, info = _object(row["hardware"]), _object(row["info"])
-    devices = [d.get("name") for d in hardware.get("devices") or [] if isinstance(d, dict)]
+    found = hardware.get("devices")
+    devices = [d.get("name") for d in found if isinstance(d, dict)] if isinstance(found, list) else []
     cpu = hardware.get("cpu")
     model = cpu.get("model") if isinstance(cpu, dict) else None
     seen = wall - agent.silent(now) if agent else row["last_seen"]
@@ -35,13 +37,14 @@ def agent_view(
         "assigned": f"{assigned.model.name}@{assigned.model.revision}" if assigned else None,
         "progress": _progress(agent),
         "running": len(agent.grants) if agent else 0,
-        "waiting": load.waiting if load else None,
-        "tokens_per_s": load.tokens_per_s if load else None,
-        "kv_usage": load.kv_usage if load else None,
+        "waiting": max(0, load.waiting) if load and load.waiting is not None else None,
+        "tokens_per_s": _number(load.tokens_per_s) if load else None,
+        "kv_usage": _number(load.kv_usage) if load else None,
         "ceiling": agent.ceiling if agent else row["max_concurrent"],
         "last_seen": seen,
         "health": [
-            {"code": _text(c.code), "text": _text(c.text), "since": c.since} for c in (agent.health if agent else ())
+            {"code": _text(c.code), "text": _text(c.text), "since": _number(c.since)}
+            for c in (agent.health if agent else ())
         ],
     }
 
@@ -71,12 +74,17 @@ def _status(row: Mapping[str, Any], agent: Agent | None, now: float, wall: float
 def _progress(agent: Agent | None) -> dict[str, Any] | None:
     if agent is None or (p := agent.progress) is None:
         return None
-    return {"stage": p.stage, "done": p.done, "total": p.total, "rate": p.rate, "text": _text(p.text)}
+    return {"stage": p.stage, "done": p.done, "total": p.total, "rate": _number(p.rate), "text": _text(p.text)}
 
 
 def _object(text: str) -> dict[str, Any]:
     value = json.loads(text)
     return value if isinstance(value, dict) else {}
+
+
+def _number(value: float | None) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _text(value: Any) -> str | None:
