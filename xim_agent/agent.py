@@ -81,7 +81,8 @@ async def run(
             services.start_soon(parts.assignment.run)
             services.start_soon(parts.sender.run)
             async with trio.open_nursery() as work:
-                services.start_soon(parts.poller.run, work)
+                # The poller outlives WORK: it has stopped starting requests before WORK closes.
+                services.start_soon(parts.poller.run, work)  # noqa: ASYNC111
                 task_status.started()
                 await stop.wait()
                 parts.poller.drain()
