@@ -60,7 +60,7 @@ def chat_body(**more: Any) -> dict[str, Any]:
 def stream_text(stack: Stack, started: threading.Event | None = None, **more: Any) -> str:
     """A long streamed completion to its end; raises when the stream ends without `[DONE]`."""
     parts, done = [], False
-    body = chat_body(stream=True, ignore_eos=True, max_tokens=6000) | more
+    body = chat_body(stream=True, ignore_eos=True, max_tokens=2500) | more
     with (
         httpx.Client(timeout=60) as client,
         client.stream(
@@ -212,9 +212,11 @@ def test_router_restarted_agent_is_back(ready: Stack) -> None:
     assert ready.router is not None
     assert ready.agent is not None
     enrolled = ready.agent.text.count("enrollment successful")
+    family = ready.router.family()
     ready.router.popen.kill()
-    ready.router.wait(10)
+    until("the router is gone, its bootloader's child too", lambda: not alive(family), 5)
     ready.start_router()
+    assert ready.router.popen.poll() is None, ready.router.text
     begin = time.monotonic()
     response = until(
         "the next request works",
