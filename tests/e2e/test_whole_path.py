@@ -214,6 +214,7 @@ def test_router_restarted_agent_is_back(ready: Stack) -> None:
     enrolled = ready.agent.text.count("enrollment successful")
     family = ready.router.family()
     ready.router.popen.kill()
+    ready.router.wait(5)
     until("the router is gone, its bootloader's child too", lambda: not alive(family), 5)
     ready.start_router()
     assert ready.router.popen.poll() is None, ready.router.text
