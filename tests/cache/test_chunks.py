@@ -11,9 +11,9 @@ import pytest
 import trio
 from fakes.models import blob_of, cut, done_in, flip, hold, ignore_range
 
-from xim_agent.cache.files import remove_tree
 from xim_agent.cache.service import Cache
 from xim_agent.errors import AgentError
+from xim_agent.files import remove_tree
 from xim_agent.mesh.messages import ModelRef, Progress
 
 Open = Callable[..., Cache]

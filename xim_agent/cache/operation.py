@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
-from xim_agent.cache import files
+from xim_agent import files
 from xim_agent.cache.download import WORKERS, Fetch
 from xim_agent.cache.index import Entry
 from xim_agent.cache.inventory import Evict, allocated

@@ -8,7 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from xim_agent.cache import files
+from xim_agent import files
 from xim_agent.cache.manifest import CHUNK, MARKER, Manifest
 
 _LINE = re.compile(rb"(\d{1,9}) (\d{1,9})")

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import msgspec
 
-from xim_agent.cache import claim, files
+from xim_agent import files
+from xim_agent.cache import claim
 from xim_agent.cache.index import Entry, Index
 from xim_agent.cache.inventory import Evict, Inventory, Model
 from xim_agent.cache.inventory import Partial as PartialBytes

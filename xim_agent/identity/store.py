@@ -1,11 +1,8 @@
 """`enrollment.json` on disk: private, replaced atomically, one agent at a time (wire-protocol §3.5)."""
 
-import errno
-import fcntl
 import os
 import shlex
 import stat
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -13,6 +10,7 @@ from typing import Self
 import msgspec
 import trio
 
+from xim_agent import files
 from xim_agent.errors import AgentError, Exit
 from xim_agent.identity.claims import TokenRefused
 from xim_agent.identity.jose import JoseError
@@ -49,26 +47,16 @@ class StateStore:
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             _check(directory, directory.stat(), "700")
-            lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise _unreadable(directory, error) from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            pid = os.read(lock, 32).decode("ascii", "replace").strip() or "unknown"
-            os.close(lock)
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise _unreadable(directory, error) from None
+            return cls(directory, files.lock(directory / LOCK, 0o600))
+        except files.Held as held:
             raise AgentError(
                 "already_running",
-                f"another agent with pid {pid} uses {directory}",
+                f"another agent with pid {held.pid} uses {directory}",
                 hint="stop it, or give this one its own directory with XEROTIER_AGENT_CONFIG_PATH",
                 exit_code=Exit.ALREADY_RUNNING,
             ) from None
-        with suppress(OSError):  # a full disk: the pid is only for the message above
-            os.ftruncate(lock, 0)
-            os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
-        return cls(directory, lock)
+        except OSError as error:
+            raise _unreadable(directory, error) from None
 
     def close(self) -> None:
         if self.lock >= 0:

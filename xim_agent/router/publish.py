@@ -2,12 +2,12 @@
 
 import os
 import re
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+from xim_agent import files
 from xim_agent.cache import codec
 from xim_agent.cache.manifest import (
     CHUNK,
@@ -78,11 +78,11 @@ def _publish(
         check_component(revision)
     _checked(Manifest(FORMAT, name, "", tuple(File(p, 0, sha256().hexdigest(), ()) for p in kept)))
     blobs = _Blobs(store, sum((root / p).stat().st_size for p in kept), progress, workers)
-    files = tuple(blobs.add(root, p) for p in kept)
-    revision = revision or sha256(encode(Manifest(FORMAT, "", "", files))).hexdigest()[:12]
-    manifest = Manifest(FORMAT, name, revision, files)
+    entries = tuple(blobs.add(root, p) for p in kept)
+    revision = revision or sha256(encode(Manifest(FORMAT, "", "", entries))).hexdigest()[:12]
+    manifest = Manifest(FORMAT, name, revision, entries)
     data, digest = _checked(manifest)
-    _write(store / "manifests" / f"{digest}.json", data)
+    files.publish(store / "manifests" / f"{digest}.json", data, 0o640)
     return PublishedModel(
         name=name,
         revision=revision,
@@ -178,26 +178,5 @@ class _Blobs:
         digest = sha256(stored).hexdigest()
         path = self._root / "blobs" / digest[:2] / digest
         if not path.exists():
-            _write(path, stored)
+            files.publish(path, stored, 0o640)
         return Chunk(digest, len(stored), len(data), name)
-
-
-def _write(path: Path, data: bytes | memoryview) -> None:
-    """Complete and durable under its name, or absent. Two writers of the same content do no harm."""
-    path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
-    fd, temporary = tempfile.mkstemp(prefix=".tmp-", dir=path.parent)
-    try:
-        with os.fdopen(fd, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fchmod(file.fileno(), 0o640)
-            os.fsync(file.fileno())
-        Path(temporary).rename(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

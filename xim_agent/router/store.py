@@ -1,6 +1,5 @@
 """The router's database: DIR/router.sqlite, WAL, shared by the running router and the commands beside it."""
 
-import fcntl
 import json
 import os
 import sqlite3
@@ -10,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from xim_agent import files
 from xim_agent.errors import AgentError, Exit, leaves
 from xim_agent.router import enrollment
 from xim_agent.router.tokens import RouterKeys
@@ -165,22 +165,17 @@ def router_lock(directory: Path) -> Iterator[None]:
     """Held by the one router that serves a directory; it goes with the process. Raises AgentError, exit 14 or 77."""
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        lock = files.lock(directory / "lock", 0o600)
+    except files.Held as held:
+        raise AgentError(
+            "already_running",
+            f"another router with pid {held.pid} uses {directory}",
+            hint="stop it, or give this one a directory of its own with --data",
+            exit_code=Exit.ALREADY_RUNNING,
+        ) from None
     except OSError as error:
         raise _unusable(directory / "lock", error) from error
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            pid = os.pread(lock, 32, 0).decode("ascii", "replace").strip() or "unknown"
-            raise AgentError(
-                "already_running",
-                f"another router with pid {pid} uses {directory}",
-                hint="stop it, or give this one a directory of its own with --data",
-                exit_code=Exit.ALREADY_RUNNING,
-            ) from None
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
         yield
     finally:
         os.close(lock)

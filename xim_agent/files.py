@@ -1,13 +1,40 @@
 """File operations that survive kill -9 and power loss, and never follow a link that somebody planted."""
 
+import fcntl
 import os
 import shutil
 import stat
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 TEMPORARY = ".tmp-"
+
+
+class Held(Exception):
+    """Another process has the lock; `pid` as it wrote it, for the message only."""
+
+    def __init__(self, pid: str) -> None:
+        super().__init__(pid)
+        self.pid = pid
+
+
+def lock(path: Path, mode: int) -> int:
+    """The descriptor that holds the kernel's lock until it, and every copy of it, is closed. Raises Held, OSError."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        pid = os.pread(fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
+        os.close(fd)
+        if isinstance(error, BlockingIOError):
+            raise Held(pid) from None
+        raise
+    with suppress(OSError):  # a full disk costs the others the pid in their message, nothing else
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, b"%d\n" % os.getpid(), 0)
+    return fd
 
 
 def sync_directory(path: Path) -> None:
