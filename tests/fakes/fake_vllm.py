@@ -398,6 +398,8 @@ def main() -> None:
     while not stop.wait(0.05):
         pass
     Handler.engine.draining = True
+    # As the real one does when its processes end in an unlucky order.
+    print("(APIServer pid=1) ERROR 01-01 00:00:00 [async_llm.py:906] AsyncLLM output_handler failed.", flush=True)
     patience = float(args[args.index("--shutdown-timeout") + 1]) if "--shutdown-timeout" in args else 0.0
     until = time.monotonic() + patience
     while Handler.engine.running and time.monotonic() < until:

@@ -114,7 +114,8 @@ class EngineRun:
                 level = level_of(line)
                 if not stderr and level >= logging.ERROR:
                     self._tail.add(line.encode() + b"\n")
-                vllm_log.log(level, line)
+                # Once asked to end, vLLM reports its own end as errors with tracebacks.
+                vllm_log.log(min(level, logging.INFO) if self.stopping else level, line)
                 if self._ready_at is None and (phase := phase_of(line)):
                     self._hooks.phase(phase)
         done.set()
