@@ -46,7 +46,8 @@ _EXIT: Mapping[Action, Exit] = {
     Action.FINAL: Exit.CONFIG,
 }
 CODES = frozenset(code for _, code in _BY_CODE) | {
-    *("dpop_url", "invalid_request", "lease_unknown", "method_not_allowed", "not_found", "request_too_large"),
+    *("dpop_url", "invalid_request", "lease_unknown", "method_not_allowed", "not_found"),
+    *("rate_limited", "request_too_large", "router_busy"),
 }
 NOT_A_ROUTER = "check that the URL is that of a XIM router"
 

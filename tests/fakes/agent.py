@@ -175,7 +175,7 @@ class Bench:
     def join_key(self, **changed: Any) -> str:
         now = time.time()
         asked: dict[str, Any] = {"project": "test", "region": "local", "uses": 9, "expires_at": now + 600, "now": now}
-        return self.store.create_join_key(**(asked | changed))
+        return self.store.create_join_key(**(asked | changed))[1]
 
     async def agent(self, **changed: Any) -> FakeAgent:
         agent = FakeAgent(self.url)

@@ -15,7 +15,7 @@ from xim_agent.identity.join_key import JoinKey
 from xim_agent.identity.rotation import State
 from xim_agent.identity.service import IdentityService
 from xim_agent.outcome import RouterError
-from xim_agent.router import enrollment
+from xim_agent.router import enrollment, join_keys, keyring
 from xim_agent.router.store import Store
 from xim_agent.router.tokens import Problem, Proof, RouterKeys, verify_dpop
 
@@ -65,7 +65,7 @@ class Router:
         self.urls = urls
         self.clock = WallClock()
         self.caller = WallClock()
-        self.keys: RouterKeys = enrollment.open_keys(store.db, URL, EPOCH)
+        self.keys: RouterKeys = keyring.open_keys(store.db, URL, EPOCH)
         self.replay = enrollment.Replay()
         self.down: set[str] = set()
         self.lose = 0
@@ -75,7 +75,7 @@ class Router:
         self.delay = 0.0
 
     def join_key(self, *, uses: int = 1, expires_at: float | None = None) -> JoinKey:
-        text = enrollment.create_join_key(
+        _, text = join_keys.create(
             self.store.db,
             self.keys,
             project="demo",

@@ -19,7 +19,9 @@ from xim_agent.router.tokens import RouterKeys
 
 NOW = 1_700_000_000
 ISSUER = "https://router.example"
-KEYS = RouterKeys(ISSUER, Ed25519PrivateKey.generate(), [Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()])
+KEYS = RouterKeys(
+    ISSUER, Ed25519PrivateKey.generate(), [Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()], NOW
+)
 AGENT = Ed25519PrivateKey.generate()
 JKT = jose.thumbprint(AGENT.public_key())
 SAME = {"project": "p", "region": "eu", "worker_id": "w"}
@@ -201,7 +203,7 @@ def key_set(change: Callable[[dict[str, Any]], None] = lambda _: None, key: Ed25
 
 def test_key_set_by_the_root_is_accepted() -> None:
     root = KEYS.root.public_key()
-    assert claims.verify_key_set(KEYS.key_set(NOW), root, ISSUER, NOW).keys.keys() == KEYS.public.keys()
+    assert claims.verify_key_set(KEYS.key_set, root, ISSUER, NOW).keys.keys() == KEYS.public.keys()
     future = key_set(lambda p: p["keys"].append({"kty": "XYZ", "crv": "new"}))
     assert len(claims.verify_key_set(future, root, ISSUER, 0).keys) == 2
 

@@ -164,7 +164,7 @@ async def test_refresh_reply_by_a_stranger_changes_nothing(
     await agent.start().enroll_once()
     agent.join_key = None
     before = agent.store.data
-    router.tamper = lambda reply: {**reply, "keys": stranger.keys.key_set(agent.clock.now())}
+    router.tamper = lambda reply: {**reply, "keys": stranger.keys.key_set}
     service = agent.start()
 
     async def body() -> None:

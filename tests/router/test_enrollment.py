@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from xim_agent.errors import AgentError
 from xim_agent.identity import jose
 from xim_agent.identity.join_key import JoinKey
-from xim_agent.router import enrollment
+from xim_agent.router import enrollment, join_keys, keyring, roster
 from xim_agent.router.store import Store
 from xim_agent.router.tokens import Problem, Proof, RouterKeys
 
@@ -25,7 +25,7 @@ class Side:
 
     def __init__(self, store: Store) -> None:
         self.db = store.db
-        self.keys: RouterKeys = enrollment.open_keys(store.db, URL, NOW)
+        self.keys: RouterKeys = keyring.open_keys(store.db, URL, NOW)
         self.key = Ed25519PrivateKey.generate()
 
     def join_key(self, **changes: Any) -> str:
@@ -38,7 +38,7 @@ class Side:
             "public_urls": [URL],
             "now": NOW,
         }
-        return enrollment.create_join_key(self.db, self.keys, **{**fields, **changes})
+        return join_keys.create(self.db, self.keys, **{**fields, **changes})[1]
 
     def proof(self, key: Ed25519PrivateKey | None = None) -> Proof:
         public = (key or self.key).public_key()
@@ -197,7 +197,7 @@ def test_leave_removes_the_agent(side: Side) -> None:
     key = side.join_key()
     reply = side.enroll(key)
     for _ in range(2):
-        enrollment.leave(side.db, reply["agent_id"], NOW)
+        roster.remove(side.db, reply["agent_id"], NOW)
     assert refused(side.refresh, reply["refresh_token"]) == (410, "agent_removed")
     assert refused(side.enroll, key) == (410, "agent_removed")
 
@@ -209,11 +209,11 @@ def test_suspended_agent_still_refreshes(side: Side) -> None:
 
 
 def test_keys_stay_and_a_newer_signing_key_signs(side: Side) -> None:
-    again = enrollment.open_keys(side.db, URL, NOW)
+    again = keyring.open_keys(side.db, URL, NOW)
     assert again.pin() == side.keys.pin()
     assert again.public.keys() == side.keys.public.keys()
     side.db.execute("UPDATE signing_keys SET retired = 1 WHERE kind = 'signing'")
-    rotated = enrollment.open_keys(side.db, URL, NOW + 1)
+    rotated = keyring.open_keys(side.db, URL, NOW + 1)
     assert rotated.pin() == side.keys.pin()
     assert not rotated.public.keys() & side.keys.public.keys()
 

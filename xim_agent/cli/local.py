@@ -143,7 +143,7 @@ async def _session(options: Options, config: Any, guard: Any) -> int:
             async with trio.open_nursery() as router:
                 (url, *_) = await router.start(partial(serve, make_app(store), f"127.0.0.1:{port}"))
                 now = time.time()
-                join_key = store.create_join_key(
+                _, join_key = store.create_join_key(
                     project="local", region="local", uses=1, expires_at=now + 600, now=now
                 )
                 api_key = catalog.create_api_key(store.db, "local", now)

@@ -14,7 +14,7 @@ _COMMANDS = {
     "enroll": "Enroll with a join key and exit",
     "leave": "Deregister this agent at the router and set its credential aside",
     "local": "Router and agent in one process, for a try-out without an account",
-    "router": "The local router: serve, join-key, model, assign, api-key",
+    "router": "The local router: serve, join-key, model, assign, api-key, agents, rotate-signing-key",
     "version": "Print the version",
     "licenses": "Print the licences of everything in this program",
 }

@@ -1,36 +1,25 @@
 """The local router's commands. Data goes to stdout alone, everything else to stderr."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import click
 
+from xim_agent.cli import router_agents, router_join_key
+from xim_agent.cli.router_store import DATA, open_store, project_name
 from xim_agent.errors import AgentError, Exit
 
-_DATA = click.option(
-    "--data",
-    type=click.Path(file_okay=False, path_type=Path),
-    required=True,
-    metavar="DIR",
-    help="The router's directory: database, models",
-)
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _PEM = click.Path(exists=True, dir_okay=False, path_type=Path)
-
-
-def _seconds(ctx: click.Context, param: click.Parameter, value: str) -> float:
-    """`90s`, `30m`, `24h`, `7d`."""
-    match = re.fullmatch(r"0*([1-9][0-9]{0,8})([smhd])", value)
-    if match is None:
-        raise click.BadParameter(f"{value!r} is no time like 90s, 30m, 24h or 7d")
-    return float(int(match[1]) * _UNITS[match[2]])
 
 
 @click.group("router", help="The local router: for trying out, for tests and for small private fleets.")
 def command() -> None:
     pass
+
+
+command.add_command(router_join_key.command)
+command.add_command(router_agents.command)
 
 
 @command.command()
@@ -44,7 +33,7 @@ def command() -> None:
 )
 @click.option("--tls-cert", type=_PEM, help="Certificate chain, PEM; needs --tls-key")
 @click.option("--tls-key", type=_PEM, help="Private key of the certificate, PEM")
-@_DATA
+@DATA
 def serve(listen: str, public_urls: tuple[str, ...], tls_cert: Path | None, tls_key: Path | None, data: Path) -> None:
     """Run the router until SIGINT or SIGTERM."""
     import trio
@@ -94,14 +83,14 @@ def model() -> None:
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--name", required=True, help="What clients call it")
 @click.option("--revision", metavar="REV", help="[default: made from the content]")
-@_DATA
+@DATA
 def publish(path: Path, name: str, revision: str | None, data: Path) -> None:
     """Compress the model in directory PATH into chunks and a manifest. Prints NAME@REV."""
     from xim_agent.cli.progress import Display
     from xim_agent.router.publish import check_name
 
     check_name(name)
-    with _store(data) as store, Display() as display:
+    with open_store(data) as store, Display() as display:
         done = publish_model(store, path, name, revision, display)
     click.echo(f"{done.name}@{done.revision}")
 
@@ -138,43 +127,38 @@ def _config(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-@command.group("join-key")
-def join_key() -> None:
-    """Keys that let an agent join."""
+@command.command("rotate-signing-key")
+@click.option("--compromised", is_flag=True, help="Take every older key out of use at once, not after two rotations")
+@DATA
+def rotate_signing_key(compromised: bool, data: Path) -> None:
+    """Sign tokens and assignments with a new key.
 
-
-@join_key.command("create")
-@click.option("--project", required=True, help="Project its agents belong to")
-@click.option("--region", default="local", show_default=True, help="Region of its agents")
-@click.option("--uses", type=click.IntRange(1), default=1, show_default=True, help="How many agents may join by it")
-@click.option("--expires", callback=_seconds, default="24h", show_default=True, help="How long it is valid")
-@_DATA
-def create_join_key(project: str, region: str, uses: int, expires: float, data: Path) -> None:
-    """Print a new join key. It cannot be shown again."""
+    Agents follow without enrolling again, also those that are off meanwhile: the root key, which they were told with
+    the join key, vouches for the new one. Prints the new key's id.
+    """
     import time
 
+    from xim_agent.router import keyring
+
     now = time.time()
-    with _store(data) as store:
-        urls = store.public_urls
-        if not store.served_before:
-            click.echo(f"this router never ran: the key says {urls[0]}, where it listens by default", err=True)
-        key = store.create_join_key(
-            project=_project(project), region=region, uses=uses, expires_at=now + expires, now=now
-        )
-    click.echo(f"for {uses} agent{'s' if uses > 1 else ''}, by way of {' '.join(urls)}", err=True)
-    click.echo(key)
+    with open_store(data) as store:
+        store.keys(now)  # there is a first one
+        kid = keyring.rotate(store.db, now, keep=0 if compromised else keyring.KEEP)
+    older = "no older one is accepted any more" if compromised else f"the {keyring.KEEP} before it are still accepted"
+    click.echo(f"a new key signs from now on; {older}", err=True)
+    click.echo(kid)
 
 
 @command.command()
 @click.argument("target", metavar="NAME[@REV]")
 @click.option("--agent", metavar="ID", help="[default: all agents, present and future]")
-@_DATA
+@DATA
 def assign(target: str, agent: str | None, data: Path) -> None:
     """Have agents serve a published model; its newest revision unless REV is given."""
     from xim_agent.router import catalog
 
     name, _, revision = target.rpartition("@") if "@" in target else (target, "", "")
-    with _store(data) as store:
+    with open_store(data) as store:
         done = catalog.assign(store.db, name, revision or None, agent)
     whom = f"agent {agent}" if agent else "all agents"
     click.echo(f"{done.model.name}@{done.model.revision} goes to {whom}, generation {done.generation}", err=True)
@@ -187,38 +171,16 @@ def api_key() -> None:
 
 @api_key.command("create")
 @click.option("--project", required=True, help="Project whose agents answer its requests")
-@_DATA
+@DATA
 def create_api_key(project: str, data: Path) -> None:
     """Print a new API key. It cannot be shown again."""
     import time
 
     from xim_agent.router import catalog
 
-    with _store(data) as store:
-        key = catalog.create_api_key(store.db, _project(project), time.time())
+    with open_store(data) as store:
+        key = catalog.create_api_key(store.db, project_name(project), time.time())
     click.echo(key)
-
-
-def _store(data: Path) -> Any:
-    """For commands, which work before the router ever ran: says so, in case that DIR was mistyped."""
-    from xim_agent.router.store import FILE, Store
-
-    new = not (data / FILE).exists()
-    store = Store.open(data)
-    if new:
-        click.echo(f"there was no router in {data}: this is a new one", err=True)
-    return store
-
-
-def _project(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", name):
-        raise AgentError(
-            "project_invalid",
-            f"{name!r} is no project name",
-            hint="letters, digits, `.`, `_` and `-`, at most 63, the first one a letter or digit",
-            exit_code=Exit.USAGE,
-        )
-    return name
 
 
 def _check_url(url: str) -> None:

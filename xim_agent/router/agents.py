@@ -14,9 +14,10 @@ from xim_agent.identity.claims import Claims
 from xim_agent.mesh import codec
 from xim_agent.mesh.codec import CodecError
 from xim_agent.mesh.messages import ModelState
-from xim_agent.router import catalog, enrollment, replies
+from xim_agent.router import catalog, enrollment, replies, roster
 from xim_agent.router.dispatch import AgentSuspended, CloneDetected, Dispatch
 from xim_agent.router.fleet import Duty
+from xim_agent.router.guesses import Guesses
 from xim_agent.router.settle import Frame
 from xim_agent.router.store import Store
 from xim_agent.router.tokens import Problem, Proof, verify_bearer, verify_dpop
@@ -37,6 +38,7 @@ class AgentApi:
         self._clock = clock
         self._keys = store.keys(clock.now())
         self._replay = enrollment.Replay()
+        self._guesses = Guesses()
         self._tokens: dict[str, Claims] = {}
         self._seen: dict[str, float] = {}
 
@@ -57,21 +59,22 @@ class AgentApi:
             if len(self._tokens) >= KEEP_TOKENS:
                 self._tokens.clear()
             self._tokens[token] = claims
-        self._state(claims.agent_id)
+        enrollment.standing(self._store.db, claims.agent_id, claims.jti)
         return claims
-
-    def _state(self, agent_id: str) -> str:
-        row = self._store.db.execute("SELECT state FROM agents WHERE agent_id=?", (agent_id,)).fetchone()
-        if row is None or row[0] == "removed":
-            raise Problem(410, "agent_removed", "the agent was removed from this router")
-        return str(row[0])
 
     # -- identity --
 
     async def enroll(self, request: Request, _: None) -> Response:
-        body, proof = await self._proven(request)
         remote = request.client.host if request.client else ""
-        reply = enrollment.enroll(self._store.db, self._keys, body, proof, self._clock.now(), remote)
+        self._guesses.check(remote, trio.current_time())
+        body, proof = await self._proven(request)
+        try:
+            reply = enrollment.enroll(self._store.db, self._keys, body, proof, self._clock.now(), remote)
+        except Problem as problem:
+            if problem.code == "join_key_invalid":
+                self._guesses.wrong(remote, trio.current_time())
+                log.warning("an unknown join key was presented", extra={"from": remote})
+            raise
         log.info("agent enrolled", extra={"agent_id": reply["agent_id"], "project": reply["project"], "from": remote})
         return replies.packed(request, json.dumps(reply).encode(), "application/json", 201)
 
@@ -81,7 +84,7 @@ class AgentApi:
         return replies.packed(request, json.dumps(reply).encode(), "application/json")
 
     async def leave(self, request: Request, who: Claims) -> Response:
-        enrollment.leave(self._store.db, who.agent_id, self._clock.now())
+        roster.remove(self._store.db, who.agent_id, self._clock.now())
         self._dispatch.remove(who.agent_id, trio.current_time())
         log.info("agent left", extra={"agent_id": who.agent_id})
         return Response(status_code=204)
@@ -128,7 +131,7 @@ class AgentApi:
                 wall=self._clock.now(),
             )
         except CloneDetected as clone:
-            extra = {"address": clone.address, "start": clone.start}
+            extra = {"address": clone.address, "start": clone.start, "yours": clone.yours}
             log.warning("one identity in two places", extra={"agent_id": who.agent_id, **extra})
             raise Problem(409, "identity_in_use", str(clone), extra) from None
         except AgentSuspended:
@@ -181,7 +184,7 @@ class AgentApi:
         return self._duty_of(who.agent_id, who.project)
 
     def _duty_of(self, agent_id: str, project: str) -> Duty:
-        suspended = self._state(agent_id) == "suspended"
+        suspended = enrollment.standing(self._store.db, agent_id) == "suspended"
         assigned = catalog.assignment(self._store.db, agent_id)
         if assigned is None:
             return Duty(project, suspended=suspended)

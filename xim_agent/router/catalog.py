@@ -1,6 +1,5 @@
 """Models, assignments and API keys in the router's database. Each function is one short transaction."""
 
-import hashlib
 import json
 import secrets
 import sqlite3
@@ -9,7 +8,7 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 from xim_agent.errors import AgentError, Exit
-from xim_agent.router.enrollment import transaction
+from xim_agent.router.sql import digest, transaction
 
 ALL = "*"
 API_KEY_PREFIX = "sk-xim-"
@@ -160,17 +159,14 @@ def assign(db: sqlite3.Connection, name: str, revision: str | None, agent_id: st
 
 
 def create_api_key(db: sqlite3.Connection, project: str, now: float) -> str:
-    """The key's text; only its hash is kept. 32 random bytes need no salt and no slow hash."""
+    """The key's text; only its hash is kept."""
     key = API_KEY_PREFIX + secrets.token_urlsafe(32)
-    db.execute("INSERT INTO api_keys(hash, project, created) VALUES(?, ?, ?)", (_hash(key), project, now))
+    db.execute("INSERT INTO api_keys(hash, project, created) VALUES(?, ?, ?)", (digest(key.encode()), project, now))
     return key
 
 
 def project_of(db: sqlite3.Connection, api_key: str) -> str | None:
     """The project of a valid key."""
-    row = db.execute("SELECT project FROM api_keys WHERE hash=? AND revoked IS NULL", (_hash(api_key),)).fetchone()
+    hashed = digest(api_key.encode("utf-8", "surrogateescape"))
+    row = db.execute("SELECT project FROM api_keys WHERE hash=? AND revoked IS NULL", (hashed,)).fetchone()
     return str(row[0]) if row else None
-
-
-def _hash(text: str) -> bytes:
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()

@@ -20,12 +20,16 @@ from xim_agent.router.settle import Frame
 
 
 class CloneDetected(Exception):
-    """Two processes use one identity. `address` and `start` (Unix seconds of its first poll) are the other's."""
+    """Two processes use one identity. `address` and `start` are the other's, `yours` is the caller's start.
 
-    def __init__(self, address: str, start: float) -> None:
+    Both in Unix seconds of the first poll, by the router's clock: the agents' own clocks may differ.
+    """
+
+    def __init__(self, address: str, start: float, yours: float) -> None:
         super().__init__(f"this identity is also used from {address}")
         self.address = address
         self.start = start
+        self.yours = yours
 
 
 class AgentSuspended(Exception):
@@ -117,7 +121,7 @@ class Dispatch:
             self._end_boot(agent, now)
             agent.begin_boot(request.n, wall)
         if clone is not None:
-            raise CloneDetected(clone.address, clone.start)
+            raise CloneDetected(clone.address, clone.start, agent.boots.known[request.boot].start)
         if request.n <= agent.n:  # late or repeated: whoever sent it waits for a newer one
             return Poll(agent, request.n, now, 0, frozenset(), wake, closed=True)
         if agent.poll is not None:
@@ -149,6 +153,7 @@ class Dispatch:
             poll.grants
             or foreign
             or told != agent.told
+            or agent.duty.suspended  # its next poll is told so
             or now >= poll.until
             or any(g.cancel_due(now, repeat) or g.credit_due(now, repeat) for g in grants)
         ):

@@ -1,31 +1,27 @@
-"""The router's side of identity over SQLite: join keys, enroll, refresh, leave (wire-protocol §3).
+"""The router's side of identity over SQLite: enroll, refresh, and whether a token still counts (wire-protocol §3).
 
 Every function is one transaction: what was not committed was never answered, and what was committed but whose answer
 was lost is answered in the same way again.
 """
 
-import hashlib
 import hmac
 import json
-import re
 import secrets
 import sqlite3
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
-
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from xim_agent import PROTOCOL
 from xim_agent.errors import AgentError
 from xim_agent.identity import jose
 from xim_agent.identity.join_key import JoinKey
+from xim_agent.router import join_keys
+from xim_agent.router.sql import digest, row, transaction
 from xim_agent.router.tokens import Problem, Proof, RouterKeys
 
 REPLAY_SECONDS = 150  # wire-protocol §3.4
 REFRESH_PREFIX = "xrt_"
-_REGION = re.compile(r"[\x21-\x7e]{1,24}")
 
 
 class Replay:
@@ -46,82 +42,15 @@ class Replay:
         self._seen[proof.jkt, proof.jti] = now
 
 
-@contextmanager
-def transaction(db: sqlite3.Connection) -> Iterator[None]:
-    """BEGIN IMMEDIATE to COMMIT; rolled back by any exception. The connection must not be inside another one."""
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-        db.commit()
-    except BaseException:
-        db.rollback()
-        raise
-
-
-def open_keys(db: sqlite3.Connection, issuer: str, now: float) -> RouterKeys:
-    """The router's keys, made at the first call: later ones only read. Retired signing keys are left out."""
-    query = "SELECT kind, private FROM signing_keys WHERE retired IS NULL ORDER BY created DESC, rowid DESC"
-    rows = db.execute(query).fetchall()
-    if {kind for kind, _ in rows} != {"root", "signing"}:
-        with transaction(db):
-            have = {kind for kind, _ in db.execute(query)}
-            for kind in sorted({"root", "signing"} - have):
-                key = Ed25519PrivateKey.generate()
-                jwk = {**jose.jwk_of(key.public_key()), "d": jose.private_text(key)}
-                row = (jose.thumbprint(key.public_key()), kind, json.dumps(jwk), now)
-                db.execute("INSERT INTO signing_keys(kid, kind, private, created) VALUES(?, ?, ?, ?)", row)
-            rows = db.execute(query).fetchall()
-    keys = [(kind, jose.private_key(json.loads(private)["d"])) for kind, private in rows]
-    root = next(key for kind, key in keys if kind == "root")
-    return RouterKeys(issuer, root, tuple(key for kind, key in keys if kind == "signing"))
-
-
-def create_join_key(
-    db: sqlite3.Connection,
-    keys: RouterKeys,
-    *,
-    project: str,
-    region: str,
-    uses: int,
-    expires_at: float | None,
-    tiers: Sequence[str],
-    public_urls: Sequence[str],
-    now: float,
-) -> str:
-    """The key's text; only a hash of its secret is kept. Raises AgentError `join_key_invalid`, exit 2."""
-    if not _REGION.fullmatch(region) or uses < 1 or not project:
-        raise AgentError(
-            "join_key_invalid",
-            "a join key needs a project, 1 use or more and a region of 1 to 24 ASCII characters",
-            exit_code=2,
-        )
-    secret = secrets.token_bytes(32)
-    slug = re.sub(r"[^a-z0-9-]+", "-", project.lower())[:63].strip("-") or "project"
-    try:
-        key = JoinKey.make(slug, tuple(public_urls), keys.pin(), secret)
-    except ValueError as error:
-        raise AgentError("join_key_invalid", f"the public URLs do not fit a join key: {error}", exit_code=2) from None
-    row = (_hash(secret), project, region, json.dumps(list(tiers)), expires_at, uses, now)
-    with transaction(db):
-        db.execute(
-            "INSERT INTO join_keys(secret_hash, project, region, tiers, expires, uses_left, created)"
-            " VALUES(?, ?, ?, ?, ?, ?, ?)",
-            row,
-        )
-    return key.text
-
-
 def enroll(
     db: sqlite3.Connection, keys: RouterKeys, body: Mapping[str, Any], proof: Proof, now: float, remote: str
 ) -> dict[str, Any]:
     """`POST /v1/enroll`: the 201 reply. `remote` is the caller's address, kept with the agent. Raises Problem."""
     request = _enroll_request(body, proof)
     with transaction(db):
-        join = _row(db, "SELECT * FROM join_keys WHERE secret_hash=?", (_hash(request["secret"]),))
-        if join is None:
-            raise Problem(403, "join_key_invalid", "this router does not know the join key")
-        agent = _row(db, "SELECT * FROM agents WHERE join_key=? AND jkt=?", (join["id"], proof.jkt))
-        _usable(join, agent, now)
+        join = join_keys.find(db, request["secret"])
+        agent = row(db, "SELECT * FROM agents WHERE join_key=? AND jkt=?", (join["id"], proof.jkt))
+        join_keys.check_usable(join, agent, now)
         if agent is None:
             db.execute("UPDATE join_keys SET uses_left = uses_left - 1 WHERE id=?", (join["id"],))
             agent_id = _insert(db, join, request, proof, now, remote)
@@ -132,7 +61,7 @@ def enroll(
                 " max_concurrent=? WHERE agent_id=?",
                 (*_described(request, remote), agent_id),
             )
-        agent = _row(db, "SELECT * FROM agents WHERE agent_id=?", (agent_id,))
+        agent = row(db, "SELECT * FROM agents WHERE agent_id=?", (agent_id,))
         assert agent is not None
         refresh_token = _issue(db, agent, 1)
     return {
@@ -144,23 +73,8 @@ def enroll(
         "refresh_token": refresh_token,
         "issuer": keys.issuer,
         "root": keys.root_jwk(),
-        "keys": keys.key_set(now),
+        "keys": keys.key_set,
     }
-
-
-def _usable(join: Mapping[str, Any], agent: Mapping[str, Any] | None, now: float) -> None:
-    """An agent that was enrolled by this key and never used its credential may have lost the reply: it comes back even
-    when the key has expired since. A key that was revoked opens nothing.
-    """
-    if join["revoked"] is not None:
-        raise Problem(403, "join_key_revoked", "the join key was revoked")
-    if agent is not None and agent["state"] == "removed":
-        raise Problem(410, "agent_removed", "the agent was removed from this router")
-    unused = agent is not None and agent["used"] == 0 and agent["family_revoked"] is None
-    if join["expires"] is not None and now >= join["expires"] and not unused:
-        raise Problem(403, "join_key_expired", "the join key has expired")
-    if agent is None and join["uses_left"] < 1:
-        raise Problem(403, "join_key_used_up", "the join key has no use left")
 
 
 def refresh(
@@ -171,35 +85,39 @@ def refresh(
     if not isinstance(presented, str) or not presented.startswith(REFRESH_PREFIX) or not presented.isascii():
         raise Problem(400, "invalid_request", "`refresh_token` is missing or has the wrong form")
     with transaction(db):
-        row = _row(db, "SELECT * FROM refresh_tokens WHERE hash=?", (_hash(presented.encode()),))
-        agent = row and _row(db, "SELECT * FROM agents WHERE agent_id=?", (row["agent_id"],))
-        if not row or not agent:
+        found = row(db, "SELECT * FROM refresh_tokens WHERE hash=?", (digest(presented.encode()),))
+        agent = found and row(db, "SELECT * FROM agents WHERE agent_id=?", (found["agent_id"],))
+        if not found or not agent:
             raise Problem(403, "credential_revoked", "this router does not know the refresh token")
         if agent["jkt"] != proof.jkt:
             raise Problem(400, "dpop_invalid", "the DPoP proof is not by the key that was enrolled")
         if agent["state"] == "removed":
             raise Problem(410, "agent_removed", "the agent was removed from this router")
-        if row["family"] != agent["family"] or agent["family_revoked"] is not None:
+        if found["family"] != agent["family"] or agent["family_revoked"] is not None:
             raise Problem(403, "credential_revoked", "the refresh token was revoked")
-        reused = row["serial"] < agent["used"]
+        reused = found["serial"] < agent["used"]
         if reused:
             db.execute("UPDATE agents SET family_revoked=? WHERE agent_id=?", (now, agent["agent_id"]))
         else:
-            used = (row["serial"], now, agent["agent_id"])
-            db.execute("UPDATE agents SET used=?, last_seen=? WHERE agent_id=?", used)
-            successor = _issue(db, agent, row["serial"] + 1)
+            db.execute("UPDATE agents SET used=? WHERE agent_id=?", (found["serial"], agent["agent_id"]))
+            successor = _issue(db, agent, found["serial"] + 1)
     if reused:
         raise Problem(403, "credential_reused", "an old refresh token was presented; all of the agent's are revoked")
-    return {"token": _token(keys, agent, now, None), "refresh_token": successor, "keys": keys.key_set(now)}
+    return {"token": _token(keys, agent, now, None), "refresh_token": successor, "keys": keys.key_set}
 
 
-def leave(db: sqlite3.Connection, agent_id: str, now: float) -> None:
-    """`POST /v1/agents/self/leave`: the agent is removed and its credential revoked. Again does nothing."""
-    with transaction(db):
-        db.execute(
-            "UPDATE agents SET state='removed', family_revoked=coalesce(family_revoked, ?) WHERE agent_id=?",
-            (now, agent_id),
-        )
+def standing(db: sqlite3.Connection, agent_id: str, jti: str | None = None) -> str:
+    """The agent's state: `enrolled` or `suspended`. `jti`: of the well signed token it came with.
+
+    Raises Problem 410 when it was removed, 401 when its credential was revoked. That concerns all that one family of
+    refresh tokens gave out, at once and not only when the tokens expire.
+    """
+    agent = row(db, "SELECT state, family, family_revoked FROM agents WHERE agent_id=?", (agent_id,))
+    if agent is None or agent["state"] == "removed":
+        raise Problem(410, "agent_removed", "the agent was removed from this router")
+    if agent["family_revoked"] is not None or (jti is not None and jti.partition(".")[0] != str(agent["family"])):
+        raise Problem(401, "token_invalid", "the token was revoked")
+    return str(agent["state"])
 
 
 def _enroll_request(body: Mapping[str, Any], proof: Proof) -> dict[str, Any]:
@@ -231,7 +149,7 @@ def _insert(
     db: sqlite3.Connection, join: Mapping[str, Any], request: Mapping[str, Any], proof: Proof, now: float, remote: str
 ) -> str:
     agent_id = str(uuid.uuid4())
-    row = (
+    values = (
         agent_id,
         f"w-{secrets.token_hex(8)}",
         join["id"],
@@ -247,7 +165,7 @@ def _insert(
         "INSERT INTO agents(agent_id, worker_id, join_key, jkt, public_key, project, region, tiers, name, info,"
         " hardware, max_concurrent, state, enrolled, family, used)"
         " VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 'enrolled', ?, 1, 0)",
-        row,
+        values,
     )
     return agent_id
 
@@ -261,15 +179,15 @@ def _issue(db: sqlite3.Connection, agent: Mapping[str, Any], serial: int) -> str
     """The token of (agent, family, serial). Derived, not random: the router keeps hashes only and can still give the
     same successor again, even after its database was put back to an older state.
     """
-    row = db.execute("SELECT value FROM settings WHERE key='hmac_secret'").fetchone()
-    if row is None:
-        row = (secrets.token_hex(32),)
-        db.execute("INSERT INTO settings(key, value) VALUES('hmac_secret', ?)", row)
+    kept = db.execute("SELECT value FROM settings WHERE key='hmac_secret'").fetchone()
+    if kept is None:
+        kept = (secrets.token_hex(32),)
+        db.execute("INSERT INTO settings(key, value) VALUES('hmac_secret', ?)", kept)
     text = f"refresh|{agent['agent_id']}|{agent['family']}|{serial}".encode()
-    token = REFRESH_PREFIX + jose.b64u(hmac.digest(bytes.fromhex(row[0]), text, "sha256"))
+    token = REFRESH_PREFIX + jose.b64u(hmac.digest(bytes.fromhex(kept[0]), text, "sha256"))
     db.execute(
         "INSERT OR IGNORE INTO refresh_tokens(hash, agent_id, family, serial) VALUES(?, ?, ?, ?)",
-        (_hash(token.encode()), agent["agent_id"], agent["family"], serial),
+        (digest(token.encode()), agent["agent_id"], agent["family"], serial),
     )
     return token
 
@@ -283,17 +201,6 @@ def _token(keys: RouterKeys, agent: Mapping[str, Any], now: float, nonce: str | 
         tiers=json.loads(agent["tiers"]),
         jkt=agent["jkt"],
         nonce=nonce,
-        jti=str(uuid.uuid4()),
+        jti=f"{agent['family']}.{uuid.uuid4()}",
         now=now,
     )
-
-
-def _hash(data: bytes) -> bytes:
-    return hashlib.sha256(data).digest()
-
-
-def _row(db: sqlite3.Connection, query: str, values: tuple[Any, ...]) -> dict[str, Any] | None:
-    """As a dictionary, whatever `row_factory` the connection has."""
-    cursor = db.execute(query, values)
-    row = cursor.fetchone()
-    return dict(zip((column[0] for column in cursor.description), row, strict=True)) if row else None

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from xim_agent.mesh.messages import Condition, Load, ModelState, Phase, PollRequest, Progress
 from xim_agent.router.boots import Boots
 from xim_agent.router.jobs import Grant, Limits
+from xim_agent.router.lifecycle import lifecycle
 
 KEEP_FINISHED = 4096  # ended leases whose resent endings are still acknowledged
 MAX_LEASES = 65536
@@ -82,13 +83,11 @@ class Agent:
         return 0.0 if self.poll is not None else now - self.heard
 
     def status(self, now: float, limits: Limits) -> str:
-        silent = self.silent(now)
-        if silent >= limits.dead:
-            return "dead"
-        if silent >= limits.disconnected:
-            return "disconnected"
-        if self.duty.suspended:
-            return "suspended"
+        """Of the lifecycle, but `draining` or `online` where that says `active`."""
+        state = "suspended" if self.duty.suspended else "enrolled"
+        seen = lifecycle(state, self.silent(now), limits.disconnected, limits.dead)
+        if seen != "active":
+            return seen
         return "draining" if self.phase == "draining" or self.drain else "online"
 
     def may_serve(self, key: tuple[str, str], now: float, limits: Limits) -> bool:

@@ -1,6 +1,7 @@
 """What the router says in HTTP: errors in the form the caller understands, MessagePack, zstd where it is accepted."""
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -52,15 +53,19 @@ class ApiError(Exception):
         return json.dumps({"error": error}).encode()
 
     def response(self) -> Response:
-        headers = {"retry-after": str(self.retry_after)} if self.retry_after is not None else {}
-        return Response(self.body(), self.status, headers, "application/json")
+        return Response(self.body(), self.status, _retry_after(self.retry_after), "application/json")
+
+
+def _retry_after(seconds: float | None) -> dict[str, str]:
+    """In whole seconds, never too few."""
+    return {} if seconds is None else {"retry-after": str(math.ceil(seconds))}
 
 
 def problem_response(problem: Problem) -> Response:
     """application/problem+json (RFC 9457) with our `code`."""
     body = {"type": "about:blank", "title": problem.code, "status": problem.status, "detail": problem.detail}
     content = json.dumps({**body, "code": problem.code, **problem.extra}).encode()
-    return Response(content, problem.status, media_type="application/problem+json")
+    return Response(content, problem.status, _retry_after(problem.retry_after), "application/problem+json")
 
 
 def error_response(error: Problem | ApiError) -> Response:

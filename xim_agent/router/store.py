@@ -11,7 +11,8 @@ from typing import Self
 
 from xim_agent import files
 from xim_agent.errors import AgentError, Exit, leaves
-from xim_agent.router import enrollment
+from xim_agent.router import join_keys, keyring
+from xim_agent.router.sql import transaction
 from xim_agent.router.tokens import RouterKeys
 
 DEFAULT_LISTEN = "127.0.0.1:8080"
@@ -103,7 +104,7 @@ class Store:
         if seen:
             self.db.execute("PRAGMA synchronous = NORMAL")
             try:
-                with enrollment.transaction(self.db):
+                with transaction(self.db):
                     rows = [(when, agent_id) for agent_id, when in seen.items()]
                     self.db.executemany("UPDATE agents SET last_seen=? WHERE agent_id=?", rows)
             finally:
@@ -143,11 +144,13 @@ class Store:
 
     def keys(self, now: float) -> RouterKeys:
         """Root and signing keys, made at the first call."""
-        return enrollment.open_keys(self.db, self.setting("issuer") or self.public_urls[0], now)
+        return keyring.open_keys(self.db, self.setting("issuer") or self.public_urls[0], now)
 
-    def create_join_key(self, *, project: str, region: str, uses: int, expires_at: float | None, now: float) -> str:
-        """The key's text, which is nowhere else. Raises AgentError `join_key_invalid`."""
-        return enrollment.create_join_key(
+    def create_join_key(
+        self, *, project: str, region: str, uses: int, expires_at: float | None, now: float
+    ) -> tuple[int, str]:
+        """The key's number, and its text, which is nowhere else. Raises AgentError `join_key_invalid`."""
+        return join_keys.create(
             self.db,
             self.keys(now),
             project=project,

@@ -18,23 +18,35 @@ MAX_PROOF = 4096
 
 
 class Problem(Exception):
-    """An error reply (RFC 9457): `extra` are further members. app.py renders it as application/problem+json."""
+    """An error reply (RFC 9457): `extra` are further members, `retry_after` seconds. replies.py renders it."""
 
-    def __init__(self, status: int, code: str, detail: str, extra: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        detail: str,
+        extra: Mapping[str, Any] | None = None,
+        retry_after: float | None = None,
+    ) -> None:
         super().__init__(detail)
         self.status = status
         self.code = code
         self.detail = detail
         self.extra = dict(extra or {})
+        self.retry_after = retry_after
 
 
 @dataclass(frozen=True)
 class RouterKeys:
-    """`root` signs key sets and nothing else; `signing` newest first, the newest signs, all of them verify."""
+    """`root` signs key sets and nothing else; `signing` newest first, the newest signs, all of them verify.
+
+    `set_iat`: Unix seconds at which the set of signing keys became what it is; never goes back.
+    """
 
     issuer: str
     root: Ed25519PrivateKey
     signing: Sequence[Ed25519PrivateKey]
+    set_iat: int
 
     @cached_property
     def public(self) -> dict[str, Ed25519PublicKey]:
@@ -42,10 +54,11 @@ class RouterKeys:
         keys = [key.public_key() for key in self.signing]
         return {jose.thumbprint(key): key for key in keys}
 
-    def key_set(self, now: float) -> str:
+    @cached_property
+    def key_set(self) -> str:
         """The signed key set that agents check tokens and assignments with."""
         keys = [jose.jwk_of(key.public_key()) for key in self.signing]
-        return jose.sign(self.root, {"iss": self.issuer, "iat": int(now), "keys": keys}, claims.TYP_KEY_SET)
+        return jose.sign(self.root, {"iss": self.issuer, "iat": self.set_iat, "keys": keys}, claims.TYP_KEY_SET)
 
     def mint_token(
         self,

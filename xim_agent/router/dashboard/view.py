@@ -8,6 +8,7 @@ from typing import Any
 from xim_agent.router.catalog import Assigned, Published
 from xim_agent.router.fleet import Agent
 from xim_agent.router.jobs import Limits
+from xim_agent.router.lifecycle import lifecycle
 
 KEEP_TEXT = 300
 
@@ -62,13 +63,11 @@ def model_view(model: Published, serving: int) -> dict[str, Any]:
 
 
 def _status(row: Mapping[str, Any], agent: Agent | None, now: float, wall: float, limits: Limits) -> str:
-    if row["state"] != "enrolled":
-        return str(row["state"])
-    if agent is not None:
+    if agent is not None and row["state"] == "enrolled":
         return agent.status(now, limits)
-    if row["last_seen"] is None:
-        return "pending"
-    return "dead" if wall - row["last_seen"] >= limits.dead else "disconnected"
+    # One that has not polled since the router started is not connected, however lately it was heard before.
+    silent = None if row["last_seen"] is None else max(limits.disconnected, wall - row["last_seen"])
+    return lifecycle(row["state"], silent, limits.disconnected, limits.dead)
 
 
 def _progress(agent: Agent | None) -> dict[str, Any] | None:
