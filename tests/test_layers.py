@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent / "xim_agent"
 
 # Pure: what goes in is passed in, what comes out is returned. No clock, randomness, file, socket, log or task.
 PURE = {
-    *("outcome", "backoff", "config.fields", "config.config", "config.mask", "hardware.report"),
+    *("outcome", "backoff", "text", "config.fields", "config.config", "config.mask", "hardware.report"),
     *("identity.join_key", "identity.claims", "identity.rotation", "assignment.plan", "cache.manifest", "cache.plan"),
     *("engine.sizing", "engine.command", "engine.state", "engine.failures", "engine.salt"),
     *("work.lease", "work.outbox", "work.capacity", "mesh.messages", "mesh.codec", "metrics.names"),
@@ -44,7 +44,7 @@ FILE_IO = {
 }
 CLOCKS = {"now", "today", "utcnow"}  # of datetime
 
-SHARED = {"errors", "outcome", "backoff", "clock", "watch", "health", "files"}
+SHARED = {"errors", "outcome", "backoff", "clock", "watch", "health", "files", "text"}
 WIRING = {"agent", "assemble", "__main__"}
 NURSERIES = {
     *("agent", "cli.local", "cli.router", "engine.process", "cache.download", "cache.service", "work.sender"),

@@ -34,7 +34,7 @@ from xim_agent.identity.store import LOCK, StateStore
 from xim_agent.mesh.client import RouterClient
 from xim_agent.metrics.registry import Collector
 from xim_agent.metrics.server import MetricsServer
-from xim_agent.outcome import Action, RouterError
+from xim_agent.outcome import SKEW_SECONDS, Action, RouterError
 from xim_agent.work.link import Link
 from xim_agent.work.poller import Poller
 from xim_agent.work.sender import Sender
@@ -95,7 +95,7 @@ def agent_info(config: Config) -> dict[str, Any]:
 
 def skew_condition(health: Health, skew: float) -> None:
     """`skew`: seconds the router is ahead of us."""
-    if abs(skew) > 30:
+    if abs(skew) > SKEW_SECONDS:
         way = "behind" if skew > 0 else "ahead of"
         health.set("clock_skew", f"the clock is {abs(skew):.0f} s {way} the router's", "start chrony or ntpd")
     else:
@@ -216,7 +216,7 @@ def _wire(
         progress=lambda: assignment.progress or engine.progress,
     )
     assignment = AssignmentService(
-        identity=identity,
+        identity=identity.assignments,
         router=router,
         cache=cache,
         engine=engine,
@@ -224,6 +224,7 @@ def _wire(
         health=health,
         changed=changed,
     )
+    identity.outdated = assignment.again
     changed.listener = health.on_change = poller.changed
     made = Agent(
         identity=identity, cache=cache, assignment=assignment, engine=engine, poller=poller, health=health,

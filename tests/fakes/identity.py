@@ -17,7 +17,7 @@ from xim_agent.identity.service import IdentityService
 from xim_agent.outcome import RouterError
 from xim_agent.router import enrollment, join_keys, keyring
 from xim_agent.router.store import Store
-from xim_agent.router.tokens import Problem, Proof, RouterKeys, verify_dpop
+from xim_agent.router.tokens import Problem, Proof, RouterKeys, verify_bearer, verify_dpop
 
 URL = "http://127.0.0.1:8080"
 OTHER = "https://other.example"
@@ -74,6 +74,20 @@ class Router:
         self.refreshes = 0
         self.delay = 0.0
 
+    def rotate(self, **how: int) -> None:
+        """As `router rotate-signing-key` beside a running router."""
+        keyring.rotate(self.db, self.clock.now(), **how)
+        self.keys = keyring.open_keys(self.db, URL, self.clock.now())
+
+    def accepts(self, token: str) -> bool:
+        """Whether a work call with this token would be served."""
+        try:
+            claims = verify_bearer(token, self.keys, URL, self.clock.now())
+            enrollment.standing(self.db, claims.agent_id, claims.jti)
+        except Problem:
+            return False
+        return True
+
     def join_key(self, *, uses: int = 1, expires_at: float | None = None) -> JoinKey:
         _, text = join_keys.create(
             self.store.db,
@@ -107,6 +121,10 @@ class Router:
         )
 
     @property
+    def skew(self) -> float:
+        return self.clock.now() - self.caller.now()
+
+    @property
     def db(self) -> Any:
         return self.store.db
 
@@ -125,9 +143,8 @@ class Router:
             self.replay.check(accepted, now)
             reply = act(accepted, json.loads(json.dumps(request)))
         except Problem as problem:
-            skew = self.clock.now() - self.caller.now()
             raise RouterError(
-                problem.code, problem.detail, status=problem.status, problem=problem.extra, date_skew=skew
+                problem.code, problem.detail, status=problem.status, problem=problem.extra, date_skew=self.skew
             ) from None
         if self.lose:
             self.lose -= 1

@@ -115,8 +115,8 @@ async def test_assignment_is_good_though_it_cannot_be_remembered(
     service = agent.start()
     agent_id = (await service.enroll_once()).agent_id
     agent.store.fail = True
-    await service.verify_assignment(assignment(router, agent_id))
-    assert agent.start().remembered_assignment() is None
+    await service.assignments.verify_assignment(assignment(router, agent_id))
+    assert agent.start().assignments.remembered_assignment() is None
 
 
 def _with_tokens(state: State, **tokens: str | None) -> State:

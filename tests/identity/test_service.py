@@ -174,16 +174,16 @@ async def test_assignment_is_remembered_for_a_start_without_router(
     service = agent.start()
     agent_id = (await service.enroll_once()).agent_id
     await trio.sleep(100)
-    accepted = await service.verify_assignment(assignment(router, agent_id, generation=7))
+    accepted = await service.assignments.verify_assignment(assignment(router, agent_id, generation=7))
     router.down = {URL, OTHER}
     later = agent.start()
-    assert later.remembered_assignment() == accepted
+    assert later.assignments.remembered_assignment() == accepted
     with pytest.raises(TokenRefused, match="older"):
-        await later.verify_assignment(assignment(router, agent_id, iat=accepted.iat - 1))
-    await later.forget_assignment()
-    assert agent.start().remembered_assignment() is None
+        await later.assignments.verify_assignment(assignment(router, agent_id, iat=accepted.iat - 1))
+    await later.assignments.forget_assignment()
+    assert agent.start().assignments.remembered_assignment() is None
     with pytest.raises(TokenRefused, match="older"):
-        await agent.start().verify_assignment(assignment(router, agent_id, iat=accepted.iat - 1))
+        await agent.start().assignments.verify_assignment(assignment(router, agent_id, iat=accepted.iat - 1))
 
 
 async def test_assignment_by_a_new_key_makes_one_refresh(
@@ -195,12 +195,12 @@ async def test_assignment_by_a_new_key_makes_one_refresh(
         agent_id = (await service.wait_bearer()).agent_id
         await trio.sleep(60)
         router.keys = dataclasses.replace(router.keys, signing=[Ed25519PrivateKey.generate(), *router.keys.signing])
-        await service.verify_assignment(assignment(router, agent_id))
+        await service.assignments.verify_assignment(assignment(router, agent_id))
         assert router.refreshes == 1
         await trio.sleep(60)
         stranger.keys = dataclasses.replace(stranger.keys, issuer=router.keys.issuer)
         with pytest.raises(UnknownKid):
-            await service.verify_assignment(assignment(stranger, agent_id))
+            await service.assignments.verify_assignment(assignment(stranger, agent_id))
         assert router.refreshes == 2
 
     await running(service, body)

@@ -51,5 +51,10 @@ class Agenda:
     def take(self, generation: int) -> None:
         self.handled, self.retry_at = generation, None
 
+    def again(self, now: float) -> None:
+        """The one that was handled is to be fetched once more."""
+        if self.handled is not None:
+            self.retry_at = now
+
     def refuse(self, now: float) -> None:
         self.retry_at = now + RETRY_REFUSED

@@ -98,6 +98,11 @@ class AssignmentService:
             if self._fetching is not None:
                 self._fetching.cancel()
 
+    def again(self) -> None:
+        """What runs goes on, its assignment is fetched and verified anew."""
+        self._agenda.again(trio.current_time())
+        self._watch.bump()
+
     def model_state(self) -> ModelState | None:
         """What runs; None while nothing does."""
         now = self._running

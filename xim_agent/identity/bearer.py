@@ -14,7 +14,7 @@ class Bearer:
 
 @dataclass(frozen=True)
 class IdentityStatistics:
-    """Times are Unix seconds; texts are empty before the first enrollment."""
+    """Times are Unix seconds; texts are empty before the first enrollment; `failures` by code."""
 
     agent_id: str
     worker_id: str
@@ -26,4 +26,4 @@ class IdentityStatistics:
     last_refresh: float | None
     enrollments: int
     refreshes: int
-    failures: int
+    failures: dict[str, int]

@@ -28,9 +28,10 @@ _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 class TokenRefused(AgentError):
     """The router's signature or words are not acceptable. `clock`: only the times are wrong, so a clock is off."""
 
-    def __init__(self, code: str, what: str, reason: str, *, clock: bool = False) -> None:
-        hint = "set this machine's clock (NTP)" if clock else "check that this is the right router; see the reason"
+    def __init__(self, code: str, what: str, reason: str, *, clock: bool = False, hint: str = "") -> None:
+        hint = hint or "check that this is the right router; see the reason"
         super().__init__(code, f"the router's {what} was refused: {reason}", hint=hint, exit_code=Exit.TOKEN_REFUSED)
+        self.what, self.reason = what, reason
         self.clock = clock
 
 

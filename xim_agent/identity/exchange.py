@@ -1,17 +1,17 @@
 """Enroll and refresh as conversations: a proof for each call, each router once a round, the clock corrected once."""
 
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from xim_agent import PROTOCOL
 from xim_agent.clock import Clock
-from xim_agent.identity import jose, rotation
-from xim_agent.identity.claims import Claims
+from xim_agent.identity import jose, refusals, rotation
+from xim_agent.identity.claims import Claims, TokenRefused
 from xim_agent.identity.join_key import JoinKey
-from xim_agent.identity.refusals import TRANSIENT
 from xim_agent.identity.rotation import Enrollment
 from xim_agent.outcome import Action, RouterError
 
@@ -20,7 +20,13 @@ REFRESH = "/v1/enroll/refresh"
 
 
 class EnrollTransport(Protocol):
-    """Two unauthenticated calls; `proof` is the DPoP header. Both raise RouterError."""
+    """Two unauthenticated calls; `proof` is the DPoP header. Both raise RouterError.
+
+    `skew`: seconds, the Date of the last reply minus our clock; None when it had none.
+    """
+
+    @property
+    def skew(self) -> float | None: ...
 
     async def enroll(self, router: str, proof: str, request: dict[str, Any]) -> dict[str, Any]: ...
 
@@ -53,7 +59,8 @@ class Exchange:
             **about,
         }
         reply, router = await self._round(routers, ENROLL, lambda at, proof: self._transport.enroll(at, proof, request))
-        kept = rotation.enrolled(reply, join_key=join_key, nonce=nonce, jkt=self.jkt, now=self._clock.now())
+        with self._clock_named():
+            kept = rotation.enrolled(reply, join_key=join_key, nonce=nonce, jkt=self.jkt, now=self._clock.now())
         return *kept, router
 
     async def refresh(self, old: Enrollment, presented: str, routers: tuple[str, ...]) -> Result:
@@ -62,8 +69,16 @@ class Exchange:
         reply, router = await self._round(
             routers, REFRESH, lambda at, proof: self._transport.refresh(at, proof, request)
         )
-        now = self._clock.now()
-        return *rotation.refreshed(old, reply, presented=presented, jkt=self.jkt, now=now), router
+        with self._clock_named():
+            kept = rotation.refreshed(old, reply, presented=presented, jkt=self.jkt, now=self._clock.now())
+        return *kept, router
+
+    @contextmanager
+    def _clock_named(self) -> Iterator[None]:
+        try:
+            yield
+        except TokenRefused as error:
+            raise (refusals.wrong_times(error, self._transport.skew) if error.clock else error) from None
 
     async def _round(
         self, routers: tuple[str, ...], path: str, call: Callable[[str, str], Awaitable[dict[str, Any]]]
@@ -74,7 +89,7 @@ class Exchange:
             try:
                 return await self._proven(router, path, call), router
             except RouterError as error:
-                if error.action not in TRANSIENT:
+                if error.action not in refusals.TRANSIENT:
                     raise
                 errors.append(error)
         raise next((error for error in errors if error.action is Action.FINAL), errors[-1])

@@ -44,14 +44,18 @@ class Memory:
             assert self._state is not None
             return jose.private_key(self._state.key)
 
-    async def keep(self, fresh: Enrollment) -> None:
-        """Stores what a router replied. An assignment accepted while the call was under way is not lost."""
+    async def keep(self, fresh: Enrollment) -> bool:
+        """Stores what a router replied. An assignment accepted while the call was under way is not lost.
+
+        True when the assignment that is remembered cannot be verified by the new keys: it should be fetched again.
+        """
         async with self._saving:
             old = self.enrollment
             if old is not None and (old.agent_id, old.issuer) == (fresh.agent_id, fresh.issuer):
                 fresh = structs.replace(fresh, assignment=old.assignment, assignment_iat=old.assignment_iat)
             assert self._state is not None
             await self._save(structs.replace(self._state, enrollment=fresh))
+        return fresh.assignment is not None and self.remembered() is None
 
     async def set_aside(self, suffix: str) -> Path:
         async with self._saving:

@@ -2,7 +2,11 @@
 
 from xim_agent import PROTOCOL
 from xim_agent.errors import AgentError, Exit
-from xim_agent.outcome import NOT_A_ROUTER, Action, RouterError
+from xim_agent.identity.claims import TokenRefused
+from xim_agent.outcome import NOT_A_ROUTER, SKEW_SECONDS, Action, RouterError
+from xim_agent.text import printable
+
+_SET_CLOCK = "set this machine's clock: start chrony or ntpd, see `timedatectl`"
 
 _NEW_KEY = "create a new join key at the router and set XEROTIER_AGENT_JOIN_KEY"
 _JOIN_KEY = {
@@ -24,23 +28,48 @@ def explain(error: RouterError) -> AgentError:
         message, hint = _JOIN_KEY[error.code]
         return AgentError(error.code, message, hint=hint, exit_code=Exit.JOIN_KEY_REFUSED)
     if error.action is Action.PROTOCOL:
-        theirs = error.problem.get("protocols", "another version")
+        theirs = _said(error, "protocols")
         message = f"this agent speaks protocol {PROTOCOL}, the router {theirs}"
         hint = "install the version of the agent that fits the router"
         return AgentError(error.code, message, hint=hint, exit_code=Exit.PROTOCOL)
     if error.code == "dpop_url":
-        called, expected = error.problem.get("called", "?"), error.problem.get("expected", "?")
+        called, expected = _said(error, "called"), _said(error, "expected")
         message = f"the agent called {called}, the router knows itself as {expected}"
         hint = "set XEROTIER_AGENT_ROUTER_URL to the router's public URL, or add the called one to --public-url"
         return AgentError(error.code, message, hint=hint, exit_code=Exit.CONFIG)
-    if error.action is Action.CLOCK and error.date_skew is not None:
-        message = f"{error.message} (this machine's clock is {-error.date_skew:+.0f} s off)"
-        return AgentError(error.code, message, hint="set the clock (NTP)", exit_code=Exit.NO_ROUTER)
+    if error.action is Action.CLOCK and clock_is_off(error.date_skew):
+        message = f"{error.message}; {clock_text(error.date_skew)}"
+        return AgentError(error.code, message, hint=_SET_CLOCK, exit_code=Exit.NO_ROUTER)
     if error.action is Action.FINAL:
         return AgentError(error.code, error.message, hint=error.hint or NOT_A_ROUTER, exit_code=Exit.CONFIG)
     if error.action in TRANSIENT:
         return AgentError(error.code, error.message, hint=error.hint, exit_code=Exit.NO_ROUTER)
     return error
+
+
+def _said(error: RouterError, name: str) -> str:
+    """A member of the problem, which may be anything."""
+    return printable(str(error.problem.get(name, "?")))[:300]
+
+
+def clock_is_off(skew: float | None) -> bool:
+    """`skew`: seconds, the router's Date minus our clock; None when no reply had one."""
+    return skew is not None and abs(skew) > SKEW_SECONDS
+
+
+def clock_text(skew: float | None) -> str:
+    """Whose clock it is when times do not fit, measured from the Date of the router's reply."""
+    if skew is None:
+        return "the router's reply has no Date to compare this machine's clock with"
+    if not clock_is_off(skew):
+        return f"both clocks agree within {SKEW_SECONDS:.0f} s, so it is the router that signs wrong times"
+    return f"this machine's clock is {abs(skew):.0f} s {'behind' if skew > 0 else 'ahead of'} the router's"
+
+
+def wrong_times(error: TokenRefused, skew: float | None) -> TokenRefused:
+    """A refusal because of times alone, with the cause in it."""
+    hint = _SET_CLOCK if skew is None or clock_is_off(skew) else "the router's operator must set its clock"
+    return TokenRefused(error.code, error.what, f"{error.reason}; {clock_text(skew)}", clock=True, hint=hint)
 
 
 def credential_refused(error: RouterError, join_key_used: bool) -> AgentError:

@@ -13,18 +13,18 @@ from typing import Any, NoReturn
 
 import trio
 
-from xim_agent.backoff import Backoff
 from xim_agent.clock import Clock
 from xim_agent.errors import AgentError
 from xim_agent.health import Health
 from xim_agent.identity import refusals
 from xim_agent.identity.bearer import Bearer, IdentityStatistics
-from xim_agent.identity.claims import Claims, TokenRefused, UnknownKid
+from xim_agent.identity.claims import Claims, TokenRefused
 from xim_agent.identity.exchange import EnrollTransport, Exchange
 from xim_agent.identity.join_key import JoinKey
 from xim_agent.identity.memory import Memory, Store
 from xim_agent.identity.rotation import Enrollment
-from xim_agent.mesh.messages import Assignment
+from xim_agent.identity.trouble import Trouble
+from xim_agent.identity.verifier import AssignmentVerifier
 from xim_agent.outcome import Action, RouterError
 from xim_agent.watch import Watch
 
@@ -54,9 +54,9 @@ class IdentityService:
         rand: Callable[[], float] = random.random,
     ) -> None:
         self._memory = Memory(store)
+        self.assignments = AssignmentVerifier(self._memory, self._newest_keys)
         self._transport = transport
         self._clock = clock
-        self._health = health
         self._join_key = join_key
         self._override = (router_url,) if router_url else None
         self._agent_info = agent_info
@@ -71,10 +71,12 @@ class IdentityService:
         self._tokens = Watch()
         self._tries = Watch()
         self._demand = trio.Event()
+        # Called when the assignment that is remembered is not signed by a key of the router's newest set any more.
+        self.outdated: Callable[[], None] = lambda: None
         self._running = self._busy = False
-        self._forced_at = self._not_before = float("-inf")
-        self._backoff = Backoff()
-        self._enrollments = self._refreshes = self._failures = 0
+        self._forced_at = float("-inf")
+        self._trouble = Trouble(health)
+        self._enrollments = self._refreshes = 0
         self._last_refresh: float | None = None
 
     # what the other parts use
@@ -106,30 +108,6 @@ class IdentityService:
         if (now := self._bearer) is not None and now.router in routers:
             self._bearer = replace(now, router=routers[(routers.index(now.router) + 1) % len(routers)])
 
-    async def verify_assignment(self, jws: str) -> Assignment:
-        """Also remembers it on disk, for a start without the router.
-
-        Raises TokenRefused; when it is signed by an unknown key, one refresh is tried first.
-        """
-        try:
-            assignment = self._memory.verified(jws)
-        except UnknownKid:
-            await self._force()
-            assignment = self._memory.verified(jws)
-        try:
-            await self._memory.remember(jws, assignment.iat)
-        except AgentError as error:  # good all the same: only a start without the router would miss it
-            log.warning(f"assignment not remembered: {error.message}", extra={"code": error.code})
-        return assignment
-
-    def remembered_assignment(self) -> Assignment | None:
-        """The last one accepted, checked again; None when there is none or its key has been rotated out since."""
-        return self._memory.remembered()
-
-    async def forget_assignment(self) -> None:
-        """The router assigns no model: the next start must not begin with the old one. Older ones stay refused."""
-        await self._memory.remember(None)
-
     async def set_aside(self, suffix: str) -> Path:
         """Keeps the state under another name: after `leave`, or when the router says 410 `agent_removed`."""
         self._bearer = None
@@ -145,7 +123,7 @@ class IdentityService:
             last_refresh=self._last_refresh,
             enrollments=self._enrollments,
             refreshes=self._refreshes,
-            failures=self._failures,
+            failures=dict(self._trouble.failures),
         )
 
     async def enroll_once(self) -> Enrollment:
@@ -203,9 +181,7 @@ class IdentityService:
             return await self._failed(error)
         else:
             assert self._claims is not None
-            self._health.clear("identity_failing")
-            self._health.clear("clock_off")
-            self._backoff.reset()
+            self._trouble.over()
             return (self._claims.exp - self._claims.iat) * (0.45 + 0.1 * self._rand())
         finally:
             self._busy = False
@@ -215,25 +191,16 @@ class IdentityService:
     async def _failed(self, error: AgentError) -> float:
         """Raises what ends the process; else reports, and gives the seconds to wait."""
         enrolling = not self.enrolled or self._refusal is not None
-        shown: AgentError = error
-        retry_after = None
         if isinstance(error, RouterError):
             if error.action not in refusals.TRANSIENT:
                 await self._fatal(error)
-            retry_after, shown = error.retry_after, refusals.explain(error)
         elif isinstance(error, TokenRefused):
             if enrolling and not error.clock:
                 raise error
         elif error.code != "state_write_failed" or not self.enrolled:
             raise error
-        self._failures += 1
-        delay = self._backoff.next(self._rand(), retry_after)
-        self._not_before = trio.current_time() + (delay if retry_after is not None else 0.0)
-        clock = error.clock if isinstance(error, TokenRefused) else error.code == "dpop_invalid"
-        self._health.set("clock_off" if clock else "identity_failing", shown.message, shown.hint)
-        what = "enrollment failed" if enrolling else "refresh failed"
-        log.warning(f"{what}: {shown.message}", extra={"code": shown.code, "retry_seconds": round(delay, 1)})
-        return delay
+        what = "enrollment" if enrolling else "refresh"
+        return self._trouble.note(error, what, self._transport.skew, self._rand())
 
     async def _fatal(self, error: RouterError) -> NoReturn:
         if error.action is Action.REMOVED and (old := self._memory.enrollment) is not None:
@@ -261,7 +228,8 @@ class IdentityService:
                 log.warning("refresh token refused", extra={"code": error.code, "newest": refusal is None})
                 refusal = error
                 continue
-            await self._memory.keep(fresh)
+            if await self._memory.keep(fresh):
+                self.outdated()
             self._refreshes, self._last_refresh = self._refreshes + 1, self._clock.now()
             self._publish(fresh, found, router, found.exp - found.iat)
             log.debug("token refreshed", extra={"router": router, "life_seconds": found.exp - found.iat})
@@ -282,14 +250,26 @@ class IdentityService:
         extra = {"agent_id": fresh.agent_id, "router": router, "project": fresh.project, "region": fresh.region}
         log.info(f"enrollment successful: {fresh.agent_id}", extra=extra)
 
-    async def _force(self) -> None:
-        """Has `run` refresh now, unless that was asked for less than 10 s ago; returns when the attempt is over."""
-        seen, now = self._tries.version, trio.current_time()
+    async def _newest_keys(self) -> bool:
+        before = self._refreshes
+        await self._force(patient=True)
+        return self._refreshes > before
+
+    async def _force(self, patient: bool = False) -> None:
+        """Has `run` refresh now; returns when the attempt is over.
+
+        Less than 10 s after it was asked for before, nothing happens, or (`patient`) it happens when these are over.
+        """
+        due = max(self._forced_at + FORCED_INTERVAL, self._trouble.not_before)
         if not (self._busy or self._demand.is_set()):
-            if not self._running or now < max(self._forced_at + FORCED_INTERVAL, self._not_before):
+            if patient and self._running:
+                await trio.sleep_until(due)
+            elif not self._running or trio.current_time() < due:
                 await trio.lowlevel.checkpoint()
                 return
-            self._forced_at = now
+        seen = self._tries.version
+        if not (self._busy or self._demand.is_set()):
+            self._forced_at = trio.current_time()
             self._demand.set()
         await self._tries.wait_beyond(seen)
 

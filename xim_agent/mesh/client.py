@@ -58,6 +58,10 @@ class RouterClient:
 
     # identity
 
+    @property
+    def skew(self) -> float | None:
+        return self._transport.statistics().skew
+
     async def enroll(self, router: str, proof: str, request: dict[str, Any]) -> dict[str, Any]:
         return await self._identity(router, "/v1/enroll", proof, request)
 

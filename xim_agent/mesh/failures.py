@@ -11,6 +11,7 @@ import httpx
 import msgspec
 
 from xim_agent.outcome import CODES, NOT_A_ROUTER, Action, RouterError, classify
+from xim_agent.text import printable
 
 PROTOCOL = 1
 
@@ -50,14 +51,14 @@ def from_reply(what: str, status: int, headers: Mapping[str, str], body: bytes, 
     word = word if isinstance(word, str) else ""
     code = word if word in CODES else f"http_{status}"
     detail = problem.get("detail") or problem.get("title")
-    message = f"{what}: {status} {word or code:.100}"
-    message += f": {detail:.500}" if isinstance(detail, str) else ""
+    message = f"{what}: {status} {printable(word)[:100] or code}"
+    message += f": {printable(detail)[:500]}" if isinstance(detail, str) else ""
     hint = NOT_A_ROUTER if code != word and classify(status, code) is Action.FINAL else ""
     if classify(status, code) is Action.PROTOCOL:
-        message += f"; the router speaks {problem.get('protocols')}, this agent [{PROTOCOL}]"
+        message += f"; the router speaks {printable(str(problem.get('protocols')))[:100]}, this agent [{PROTOCOL}]"
         hint = "install the agent version that belongs to this router"
     elif 300 <= status < 400:
-        message += f" (redirects are not followed here; location: {headers.get('location', '')[:200]})"
+        message += f" (redirects are not followed here; location: {_place(headers.get('location', ''))})"
     date = date_of(headers)
     return RouterError(
         code,
@@ -68,6 +69,15 @@ def from_reply(what: str, status: int, headers: Mapping[str, str], body: bytes, 
         date_skew=None if date is None else date - now,
         hint=hint,
     )
+
+
+def _place(location: str) -> str:
+    """Where a redirect leads, without what may be a secret: user, query, fragment."""
+    try:
+        url = httpx.URL(location).copy_with(query=None, fragment=None, userinfo=b"")
+    except (httpx.InvalidURL, ValueError):
+        return "unreadable"
+    return printable(str(url))[:200]
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -112,6 +122,7 @@ def from_transport(what: str, url: httpx.URL, error: httpx.TransportError) -> Ro
         code, text = "dns_failed", f"the name {proxy or url.host} cannot be resolved"
     elif isinstance(tls, ssl.SSLCertVerificationError):
         code, text = "tls_failed", f"the TLS certificate of {place} is not trusted: {tls.verify_message}"
+        text += "".join(f"; {note}" for note in getattr(tls, "__notes__", ()))
     elif tls is not None:
         code, text = "tls_failed", f"TLS with {place} failed: {tls.reason or tls}"
     elif isinstance(error, httpx.ConnectTimeout):

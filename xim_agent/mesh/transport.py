@@ -13,6 +13,7 @@ from xim_agent.clock import Clock
 from xim_agent.errors import AgentError, Exit
 from xim_agent.mesh import failures
 from xim_agent.mesh.content import ContentError, unpack
+from xim_agent.mesh.tls import verified
 from xim_agent.outcome import RouterError
 
 CONNECT_SECONDS = 10.0
@@ -56,7 +57,7 @@ class Transport:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=8, keepalive_expiry=KEEPALIVE_SECONDS)
         # A system proxy is for other hosts; loopback never needs one.
         direct = {f"all://{host}": None for host in ("localhost", "127.0.0.1", "[::1]")}
-        self._http = httpx.AsyncClient(verify=not insecure, limits=limits, mounts=direct)
+        self._http = httpx.AsyncClient(verify=False if insecure else verified(), limits=limits, mounts=direct)
 
     async def aclose(self) -> None:
         """Closes the idle connections; call it when no call runs any more."""

@@ -36,7 +36,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("xim_agent_enrolled", "1 while there is a credential", "identity", "enrolled"),
     Metric("xim_agent_token_expiry_seconds", "End of the token, Unix seconds", "identity", "token_expires"),
     Metric("xim_agent_token_refreshes_total", "Tokens renewed", "identity", "refreshes"),
-    Metric("xim_agent_identity_failures_total", "Enrollments and refreshes that failed", "identity", "failures"),
+    Metric(
+        "xim_agent_identity_failures_total", "Enrollments and refreshes that failed", "identity", "failures", ("code",)
+    ),
     # link to the router
     Metric("xim_agent_link_up", "1 while polls are answered", "work", "link_up"),
     Metric("xim_agent_polls_total", "Polls answered", "work", "polls"),
