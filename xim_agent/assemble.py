@@ -31,6 +31,7 @@ from xim_agent.health import Health
 from xim_agent.identity.join_key import JoinKey, parse_router_url
 from xim_agent.identity.service import IdentityService
 from xim_agent.identity.store import LOCK, StateStore
+from xim_agent.log import redact
 from xim_agent.mesh.client import RouterClient
 from xim_agent.metrics.registry import Collector
 from xim_agent.metrics.server import MetricsServer
@@ -278,6 +279,7 @@ def _with_metrics(made: Agent, config: Config, clock: Clock, router: RouterClien
             **{name: report() for name, report in statistics.items()},
         },
         engine_text=made.engine.metrics_text,
+        redact=redact,
     )
     listen = partial(server.run, config.metrics_host, config.metrics_port)
     return replace(made, parts=replace(made.parts, listeners=(listen,)))

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from xim_agent.log import redact
 from xim_agent.mesh.messages import Condition
 
 
@@ -17,6 +18,7 @@ class Health:
 
     def set(self, code: str, text: str, hint: str = "") -> None:
         """Raises or updates a condition; `since` stays that of its first appearance."""
+        text, hint = redact(text), redact(hint)  # polls carry it to the router, /readyz and /status to anybody here
         old = self._conditions.get(code)
         if old is not None and old.text == text:
             return

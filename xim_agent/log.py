@@ -17,10 +17,11 @@ _COLOUR = {"TRACE": "90", "DEBUG": "90", "INFO": "36", "WARNING": "33", "ERROR":
 _planted: set[str] = set()
 
 
-def hide(secret: str | None) -> None:
-    """From now on `secret` (at least 6 characters) is shown as *** wherever it turns up in a line, as JSON too."""
-    if secret and len(secret) >= 6:
-        _planted.update({secret, json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]})
+def hide(*secrets: str | None) -> None:
+    """From now on each (of at least 6 characters) is shown as *** wherever it turns up in a line, as JSON too."""
+    for secret in secrets:
+        if secret and len(secret) >= 6:
+            _planted.update({secret, json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]})
 
 
 def redact(text: str) -> str:

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from xim_agent.config.config import describe
 from xim_agent.config.fields import Config
-from xim_agent.config.mask import masked_arguments, masked_pairs
+from xim_agent.config.mask import masked_arguments, masked_pairs, secret_words
 
 
 @pytest.mark.parametrize(
@@ -47,3 +47,10 @@ def test_status_names_what_is_set_but_not_the_secrets() -> None:
     shown = describe(Config(vllm_args=("--api-key", "V1", "--seed=1"), vllm_env=("X=V2",)))
     assert shown["vllm_args"] == ("--api-key", "***", "--seed=1")
     assert shown["vllm_env"] == ("X=***",)
+
+
+def test_what_must_not_be_seen_is_collected_from_everything_that_may_hold_it() -> None:
+    arguments = ["--api-key=K1", "--hf-token", "K2", "K3", "--seed", "1", "--x", '{"password": "K4", "n": 5}']
+    pairs = ["HF_TOKEN=K5=x", "VLLM_CPU_KVCACHE_SPACE=1", "AWS_SECRET_ACCESS_KEY=K6", "EMPTY_KEY="]
+    urls = ["http://user:K%207@proxy:3128", "user:K8@proxy:3128", "http://proxy:3128", "http://[", ""]
+    assert secret_words(arguments, pairs, urls) == {"K1", "K2", "K3", "K4", "K5=x", "K6", "K%207", "K 7", "K8"}

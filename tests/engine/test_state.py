@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xim_agent.engine.liveness import Liveness, Sign
-from xim_agent.engine.output import TAIL_BYTES, Lines, Tail, level_of, phase_of
+from xim_agent.engine.output import LINE_BYTES, TAIL_BYTES, Lines, Tail, level_of, phase_of
 from xim_agent.engine.state import LONGEST_DELAY, MOST_FAILURES, WINDOW, EngineState, RestartBudget, may_follow
 
 
@@ -87,8 +87,24 @@ def test_the_tail_is_the_last_64_kib() -> None:
     tail = Tail()
     for number in range(20_000):
         tail.add(b"%06d\n" % number)
-    assert len(tail.text()) == TAIL_BYTES
-    assert tail.text().endswith("019999\n")
+    lines = tail.text().splitlines()
+    assert TAIL_BYTES - 7 <= len(tail.text()) <= TAIL_BYTES
+    assert (lines[0], lines[-1]) == ("010638", "019999"), "whole lines only"
+
+
+@pytest.mark.parametrize("break_", ["\n", " "])
+def test_no_word_is_cut_in_two(break_: str) -> None:
+    """A secret would not be recognised as one, and both halves would show."""
+    word = "xjk_demo_" + "s" * 3991
+    text = break_.join([word] * 50).encode()
+    tail, lines = Tail(), Lines()
+    tail.add(text)
+    for found in [*lines.feed(text), tail.text()]:
+        assert set(found.split()) == {word}
+
+
+def test_a_line_without_any_gap_is_cut_all_the_same() -> None:
+    assert [len(line) for line in Lines().feed(b"x" * 20_000)] == [LINE_BYTES, LINE_BYTES]
 
 
 @given(st.binary(max_size=400), st.integers(1, 7))

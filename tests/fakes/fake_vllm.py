@@ -7,6 +7,7 @@ Environment (given to it by the agent's VLLM_ENV, or the operator's environment)
   FAKE_VLLM_START_IGNORES_TERM  1: SIGTERM does nothing before it listens (real vLLM: over 30 s)
   FAKE_VLLM_EXIT            exits with this status instead of listening, after writing FAKE_VLLM_STDERR
   FAKE_VLLM_STDERR          text for stderr at start
+  FAKE_VLLM_SAYS            file; what is in it is written to stdout and stderr at start, and is in /metrics
   FAKE_VLLM_COUNT           file; each start appends one line (its pid)
   FAKE_VLLM_EXIT_FIRST      n: only the first n starts exit as FAKE_VLLM_EXIT says (needs FAKE_VLLM_COUNT)
   FAKE_VLLM_LACKS           flags that this version does not know: neither in its help nor accepted
@@ -65,10 +66,17 @@ options:
   --allowed-media-domains ALLOWED_MEDIA_DOMAINS [ALLOWED_MEDIA_DOMAINS ...]
   --enforce-eager, --no-enforce-eager
   --runner {auto,draft,generate,pooling}
+  --api-key API_KEY [API_KEY ...]
+  --kv-transfer-config KV_TRANSFER_CONFIG
   --dtype {auto,bfloat16,float,float16,float32,half}
   --seed SEED
 """
 WORDS = ("the", "of", "and", "to", "in", "is", "that", "it", "was", "for", "on", "are", "as", "with", "his", "they")
+
+
+def said() -> str:
+    path = Path(ENV.get("FAKE_VLLM_SAYS") or "/nonexistent")
+    return path.read_text() if path.exists() else ""
 
 
 class Engine:
@@ -108,6 +116,7 @@ class Engine:
             f'vllm:request_success_total{{finished_reason="abort",model_name="{model}"}} {float(self.aborted)}\n'
             f'vllm:request_success_total{{finished_reason="stop",model_name="{model}"}} {float(self.finished)}\n'
             'vllm:cache_config_info{block_size="16",engine="0",num_gpu_blocks="4096"} 1.0\n'
+            + "".join(f"# {line}\n" for line in said().splitlines())
         )
 
 
@@ -353,6 +362,8 @@ def load() -> None:
         for stream in (sys.stdout, sys.stderr):
             stream.write(("chatter " * 16 + "\n") * (size // 129 + 1))
             stream.flush()
+    for stream in (sys.stdout, sys.stderr):
+        print(said(), file=stream, flush=True)
     if text := ENV.get("FAKE_VLLM_STDERR"):
         print(text, file=sys.stderr, flush=True)
     if (status := ENV.get("FAKE_VLLM_EXIT")) and starts <= int(ENV.get("FAKE_VLLM_EXIT_FIRST", 1_000_000)):

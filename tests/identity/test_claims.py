@@ -89,12 +89,17 @@ FORGED: dict[str, str] = {
     "kid missing": token({"kid": None}),
     "kid a list": token({"kid": [KID]}),
     "kid a path": token({"kid": "../../etc/passwd"}),
+    "kid a URL": token({"kid": "https://evil.example/key.jwk"}),
+    "kid with a NUL": token({"kid": KID + "\0"}),
+    "kid in other case": token({"kid": KID.swapcase()}),
     "kid of the other key": token({"kid": list(KEYS.public)[1]}),
     "typ JWT": token({"typ": "JWT"}),
     "typ of an assignment": token({"typ": "xim-assignment+jws"}),
     "crit": token({"crit": ["exp"], "exp": 1}),
     "jwk": token({"jwk": jose.jwk_of(PUBLIC)}),
     "jku": token({"jku": "https://evil.example"}),
+    "x5c": token({"x5c": ["MIIB"]}),
+    "zip": token({"zip": "DEF"}),
     "x5u": token({"x5u": "https://evil.example"}),
     "b64 false": token({"b64": False}),
     "issuer": token(iss="https://evil.example"),
@@ -122,6 +127,12 @@ FORGED: dict[str, str] = {
     "a nested claim twice": signed(json.dumps(PAYLOAD).replace('"cnf": {', f'"cnf": {{"jkt": "{KID}", ').encode()),
     "a header member twice": ".".join(
         [jose.b64u(f'{{"alg":"none","alg":"EdDSA","typ":"xem+jwt","kid":"{KID}"}}'.encode()), *GOOD.split(".")[1:]]
+    ),
+    "kid twice": ".".join(
+        [
+            jose.b64u(f'{{"alg":"EdDSA","typ":"xem+jwt","kid":"{JKT}","kid":"{KID}"}}'.encode()),
+            *GOOD.split(".")[1:],
+        ]
     ),
     "payload a list": signed(b"[]"),
     "payload NaN": signed(json.dumps(PAYLOAD)[:-1].encode() + b',"x":NaN}'),

@@ -1,18 +1,15 @@
 """Each way not to get a reply has its own name, and says where."""
 
-import datetime
-import ipaddress
 import socket
-import ssl
 from typing import Any
 
 import pytest
 import trio
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from fakes.tls import certificate, named, server_context
 
+from xim_agent.errors import AgentError
 from xim_agent.mesh import failures
+from xim_agent.mesh.tls import verified
 from xim_agent.mesh.transport import Transport
 from xim_agent.outcome import Action, RouterError
 
@@ -55,38 +52,66 @@ async def test_no_tls_on_the_other_side(transport: Any, start: Any) -> None:
     assert error.code == "tls_failed"
 
 
-@pytest.fixture
-def tls(tmp_path: Any) -> ssl.SSLContext:
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
-    now = datetime.datetime.now(datetime.UTC)
-    cert = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
-        .sign(key, hashes.SHA256())
-    )
-    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    path = tmp_path / "pem"
-    path.write_bytes(pem + cert.public_bytes(serialization.Encoding.PEM))
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(path)
-    return context
+CORPORATE = named("proxy.corp.example", "Corp, Inc.")
 
 
-async def test_a_certificate_that_is_not_trusted(client: Any, transport: Any, login: Any, start: Any, tls: Any) -> None:
-    server = await start(tls=tls)
+@pytest.mark.parametrize(
+    ("made", "reason"),
+    [
+        ({"subject": CORPORATE, "issuer": named("Corp Root")}, "unable to get local issuer certificate"),
+        ({"subject": CORPORATE}, "self-signed certificate"),
+        ({"subject": CORPORATE, "days": (-2, -1)}, "expired|self-signed"),
+    ],
+)
+async def test_who_answered_instead_of_the_router_is_named(
+    client: Any, transport: Any, login: Any, start: Any, tmp_path: Any, made: dict[str, Any], reason: str
+) -> None:
+    """TLS that somebody on the way has opened: nothing was sent to him, and his name is in the message."""
+    server = await start(tls=server_context(*certificate(tmp_path, **made)))
     client.credentials = login(server.url)
-    with pytest.raises(RouterError, match="is not trusted") as error:
+    with pytest.raises(RouterError, match=f"is not trusted: .*({reason})") as error:
         await client.assignment()
-    assert error.value.code == "tls_failed"
+    issuer = made.get("issuer", CORPORATE).rfc4514_string()
+    assert f"it was issued to `{CORPORATE.rfc4514_string()}` by `{issuer}`" in error.value.message
+    assert (error.value.code, error.value.exit_code) == ("tls_failed", 69)
     assert "SSL_CERT_FILE" in error.value.hint
+    assert server.calls == []
     assert await call(transport, server.url) == b""  # --insecure
+
+
+async def test_certificate_of_another_host_is_named(
+    client: Any, login: Any, start: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain, key = certificate(tmp_path, host="other.example")
+    monkeypatch.setenv("SSL_CERT_FILE", str(chain))
+    server = await start(tls=server_context(chain, key))
+    trusting = Transport(insecure=False, clock=client._transport._clock, on_skew=lambda _: None)
+    error = await failure(trusting, server.url)
+    await trusting.aclose()
+    assert "IP address mismatch, certificate is not valid for '127.0.0.1'" in error.message
+    assert "it was issued to `CN=other.example`" in error.message
+
+
+async def test_a_made_up_name_cannot_write_over_the_terminal(transport: Any, start: Any, tmp_path: Any) -> None:
+    strange = named("\x1b[2J\x07evil\u202e" + "x" * 50)
+    server = await start(tls=server_context(*certificate(tmp_path, subject=strange)))
+    careful = Transport(insecure=False, clock=transport._clock, on_skew=lambda _: None)
+    error = await failure(careful, server.url)
+    await careful.aclose()
+    assert error.message.isprintable()
+    assert "evil" in error.message
+
+
+def test_certificates_that_cannot_be_read_are_a_matter_of_configuration(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "none.pem").write_text("no certificate")
+    for place in (tmp_path / "missing.pem", tmp_path / "none.pem"):
+        monkeypatch.setenv("SSL_CERT_FILE", str(place))
+        with pytest.raises(AgentError) as error:
+            verified()
+        assert (error.value.code, error.value.exit_code) == ("ca_unreadable", 78)
+        assert f"SSL_CERT_FILE: the certificates in {place}" in error.value.message
 
 
 async def test_silence_is_bounded_and_slowness_is_not(transport: Any, start: Any) -> None:

@@ -117,6 +117,7 @@ async def serving(told: Told) -> AsyncIterator[httpx.AsyncClient]:
         ready=lambda: told.reasons,
         status=lambda: told.status,
         engine_text=lambda: told.engine,
+        redact=lambda text: text.replace("hunter2", "***"),
     )
     async with trio.open_nursery() as nursery:
         (url,) = await nursery.start(server.run, "127.0.0.1", 0)
@@ -167,7 +168,7 @@ async def test_only_reading_is_possible_and_other_paths_are_unknown() -> None:
 
 
 async def test_a_taken_port_is_an_error_for_people(free_port: int) -> None:
-    server = MetricsServer(collect=bytes, ready=list, status=dict, engine_text=bytes)
+    server = MetricsServer(collect=bytes, ready=list, status=dict, engine_text=bytes, redact=str)
     with socket.create_server(("127.0.0.1", free_port)), pytest.raises(AgentError) as caught:
         await server.run("127.0.0.1", free_port)
     assert caught.value.code == "metrics_address"
@@ -176,8 +177,18 @@ async def test_a_taken_port_is_an_error_for_people(free_port: int) -> None:
 
 
 async def test_the_port_is_free_again_after_cancellation(free_port: int) -> None:
-    server = MetricsServer(collect=bytes, ready=list, status=dict, engine_text=bytes)
+    server = MetricsServer(collect=bytes, ready=list, status=dict, engine_text=bytes, redact=str)
     for _ in range(2):
         async with trio.open_nursery() as nursery:
             await nursery.start(partial(server.run, "127.0.0.1", free_port))
             nursery.cancel_scope.cancel()
+
+
+async def test_no_answer_has_a_secret_in_it() -> None:
+    told = Told()
+    told.reasons, told.status, told.engine = ["hunter2"], {"x": "hunter2"}, b"# HELP x hunter2\n"
+    async with serving(told) as client:
+        for path in ("/metrics", "/readyz", "/status"):
+            text = (await client.get(path)).text
+            assert "***" in text
+            assert "hunter2" not in text

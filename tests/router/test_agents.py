@@ -278,6 +278,7 @@ async def test_clones_are_told(bench: Bench, agent: FakeAgent) -> None:
     assert [problem["code"] for problem in told] == ["identity_in_use"] * 2
     assert all(problem["address"].startswith("127.0.0.1:") for problem in told)
     assert told[1]["start"] < told[0]["start"]
+    assert [problem["yours"] for problem in told] == [told[1]["start"], told[0]["start"]]
 
 
 async def test_last_seen_is_kept(bench: Bench, agent: FakeAgent) -> None:

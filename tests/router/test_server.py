@@ -1,6 +1,5 @@
 """The server around the application: addresses, TLS, what is left when it stops, and callers that speak no HTTP."""
 
-import datetime
 import json
 import logging
 import re
@@ -13,10 +12,8 @@ from pathlib import Path
 import httpx
 import pytest
 import trio
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from fakes.agent import MODEL, Bench, FakeAgent, head, running, until
+from fakes.tls import certificate
 
 from xim_agent.errors import AgentError
 from xim_agent.router.app import make_app, serve
@@ -186,27 +183,8 @@ async def test_client_that_does_not_read_is_left(tmp_path: Path, nursery: trio.N
         nursery.cancel_scope.cancel()
 
 
-def certificate(directory: Path) -> tuple[Path, Path]:
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
-    now = datetime.datetime.now(datetime.UTC)
-    made = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    cert_path, key_path = directory / "cert.pem", directory / "key.pem"
-    cert_path.write_bytes(made.public_bytes(serialization.Encoding.PEM))
-    plain = serialization.NoEncryption()
-    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
-    key_path.write_bytes(pem)
-    return cert_path, key_path
-
-
 async def test_tls(tmp_path: Path, nursery: trio.Nursery) -> None:
-    cert, key = certificate(tmp_path)
+    cert, key = certificate(tmp_path, host="localhost")
     with Store.open(tmp_path / "router") as store:
         async with trio.open_nursery() as inner:
             start = partial(serve, make_app(store), "127.0.0.1:0", tls_cert=cert, tls_key=key)

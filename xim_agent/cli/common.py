@@ -7,7 +7,8 @@ from typing import Any
 
 from xim_agent import log
 from xim_agent.config import sources
-from xim_agent.config.fields import Config
+from xim_agent.config.fields import OPTIONS, Config
+from xim_agent.config.mask import secret_words
 
 IDENTITY = frozenset(
     {
@@ -27,11 +28,20 @@ IDENTITY = frozenset(
 
 
 def configured(flags: Mapping[str, Any], defaults: Mapping[str, str] | None = None) -> Config:
-    """Secrets are out of the environment and hidden from every log line when this returns."""
+    """Secrets are out of the environment, of what others can see of this process, and of every log line when this
+    returns; so call it before the first fork.
+    """
+    from xim_agent.cli.scrub import scrub
+    from xim_agent.prctl import keep_memory_private
+
     log.setup()
     config = sources.load(flags, os.environ, defaults)
-    for secret in (config.join_key, config.vllm_salt_secret):
-        log.hide(secret)
+    proxies = {name: value for name, value in os.environ.items() if name.lower().endswith("_proxy")}
+    words = secret_words(config.vllm_args, config.vllm_env, proxies.values())
+    log.hide(config.join_key, config.vllm_salt_secret, *words)
+    secret = [option for option in OPTIONS if option.meta["secret"] or option.meta["repeat"]]
+    scrub([*proxies, *(option.env for option in secret)], [option.flag for option in secret])
+    keep_memory_private()
     log.setup(config.log_level, config.log_format)
     return config
 

@@ -2,12 +2,14 @@
 
 import re
 from collections.abc import Iterable
+from contextlib import suppress
+from urllib.parse import unquote, urlsplit
 
 HIDDEN = "***"
 _NAME = r"key|secret|passw|credential|token(?!s\b|iz)"  # max-num-batched-tokens and tokenizer are none
 _SECRET = re.compile(_NAME, re.IGNORECASE)
 _MEMBER = re.compile(  # of a value that is JSON
-    rf'("[^"]*(?:{_NAME})[^"]*"\s*:\s*)(?:"(?:[^"\\]|\\.)*"|[^",{{\[\]}}\s]+)', re.IGNORECASE
+    rf'("[^"]*(?:{_NAME})[^"]*"\s*:\s*)("(?:[^"\\]|\\.)*"|[^",{{\[\]}}\s]+)', re.IGNORECASE
 )
 
 
@@ -24,6 +26,25 @@ def masked_arguments(words: Iterable[str]) -> tuple[str, ...]:
         else:
             shown.append(HIDDEN if hiding else _MEMBER.sub(rf'\1"{HIDDEN}"', word))
     return tuple(shown)
+
+
+def secret_words(arguments: Iterable[str], pairs: Iterable[str], urls: Iterable[str]) -> set[str]:
+    """What must never be seen of these: values that `masked_arguments` hides, values of KEY=VALUE pairs whose key
+    speaks of a secret, passwords in URLs (of proxies).
+    """
+    arguments = list(arguments)
+    found = {part for word in arguments for _, part in _MEMBER.findall(word)}
+    for word, shown in zip(arguments, masked_arguments(arguments), strict=True):
+        if word.startswith("-") and shown.endswith("=" + HIDDEN):
+            found.add(word.partition("=")[2])
+        elif shown == HIDDEN:
+            found.add(word)
+    found |= {value for key, _, value in (pair.partition("=") for pair in pairs) if _SECRET.search(key)}
+    for url in urls:
+        with suppress(ValueError):
+            password = urlsplit(url if "//" in url else f"//{url}").password or ""
+            found |= {password, unquote(password)}
+    return {word.strip('"') for word in found} - {""}
 
 
 def masked_pairs(words: Iterable[str]) -> tuple[str, ...]:

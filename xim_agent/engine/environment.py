@@ -73,12 +73,15 @@ def cpu_threads(hardware: Hardware, ranks: int) -> dict[str, str]:
 def child_environment(environ: Mapping[str, str], added: Mapping[str, str], bundle: str | None) -> dict[str, str]:
     """The operator's environment without our settings (secrets among them) and loader variables, plus `added`.
 
+    Proxies are for our calls to the router and may hold a password; vLLM is kept off the network.
     `bundle`: the directory a frozen program was unpacked to, None when not frozen.
     """
     env = {
         name: value
         for name, value in environ.items()
-        if not name.startswith((PREFIX, "_MEI", "_PYI")) and name not in ("NOTIFY_SOCKET", "CREDENTIALS_DIRECTORY")
+        if not name.startswith((PREFIX, "_MEI", "_PYI"))
+        and name not in ("NOTIFY_SOCKET", "CREDENTIALS_DIRECTORY")
+        and not name.lower().endswith("_proxy")
     }
     if bundle is not None:
         for name in [n for n in env if n.startswith("PYTHON") and (n == "PYTHONHOME" or bundle in env[n])]:

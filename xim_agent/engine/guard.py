@@ -9,7 +9,6 @@ This is the agent's side and the one place of `os.fork`; what the guard itself d
 
 import array
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -26,18 +25,10 @@ from xim_agent.engine.guardian import IGNORED, Guardian
 from xim_agent.engine.leftovers import Leftovers
 from xim_agent.engine.tree import descendants, process, send
 from xim_agent.errors import AgentError
-
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
-_prctl = ctypes.CDLL(None, use_errno=True).prctl
-_prctl.argtypes = (ctypes.c_int, *[ctypes.c_ulong] * 4)
+from xim_agent.prctl import CHILD_SUBREAPER, PDEATHSIG, prctl
 
 
-def _set(option: int, value: int) -> None:
-    if _prctl(option, value, 0, 0, 0):
-        raise OSError(ctypes.get_errno(), f"prctl({option})")
-
-
-def _bundle() -> str | None:
+def bundle() -> str | None:
     """Directory that a one-file bootloader unpacked for us and removes when it sees us end; None when there is none."""
     path: str = getattr(sys, "_MEIPASS", "")
     return path if Path(path).name.startswith("_MEI") else None
@@ -48,9 +39,9 @@ def die_with_parent() -> None:
 
     Call it first of all. A bootloader that died even before leaves us with a parent that runs another program.
     """
-    if _bundle() is None:
+    if bundle() is None:
         return
-    _set(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    prctl(PDEATHSIG, signal.SIGKILL)
     with contextlib.suppress(OSError):
         if not Path(f"/proc/{os.getppid()}/exe").samefile("/proc/self/exe"):
             os.kill(os.getpid(), signal.SIGKILL)
@@ -98,20 +89,20 @@ class Guard:
     def start(cls) -> "Guard":
         """Forks. Call in the main thread, before `trio.run` and before any thread is started."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        bundle = _bundle()
-        bootloader = process(os.getppid()) if bundle else None
+        unpacked = bundle()
+        bootloader = process(os.getppid()) if unpacked else None
         before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)  # until the guard ignores them
         pid = os.fork()
         if pid == 0:
             try:
-                _set(_PR_SET_CHILD_SUBREAPER, 1)
+                prctl(CHILD_SUBREAPER, 1)
                 # A parent-death signal is sound below the guard: it has one thread, which ends only with the guard.
-                Guardian(theirs, os.fork, lambda: _set(_PR_SET_PDEATHSIG, signal.SIGKILL), bundle, bootloader).main()
+                Guardian(theirs, os.fork, lambda: prctl(PDEATHSIG, signal.SIGKILL), unpacked, bootloader).main()
             finally:
                 os._exit(70)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
-        _set(_PR_SET_CHILD_SUBREAPER, 1)  # should the guard be killed, its orphans come to us and not to init
+        prctl(CHILD_SUBREAPER, 1)  # should the guard be killed, its orphans come to us and not to init
         return cls(ours, pid)
 
     async def _call(self, op: str, fds: Sequence[int] = (), **values: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ _PHASES = (
     (re.compile(r"Starting vLLM (API )?server|Application startup complete"), "opening the socket"),
 )  # fmt: skip
 TAIL_BYTES = 64 * 1024
+LINE_BYTES = 8 * 1024
 
 
 def level_of(line: str) -> int:
@@ -28,20 +29,24 @@ def phase_of(line: str) -> str | None:
 
 
 class Tail:
-    """The last 64 KiB of a stream."""
+    """The last 64 KiB of a stream, from the beginning of a line or at least of a word."""
 
     def __init__(self) -> None:
         self._kept = bytearray()
+        self._cut = False
 
     def add(self, data: bytes | bytearray) -> None:
         self._kept += data
+        self._cut = self._cut or len(self._kept) > TAIL_BYTES
         del self._kept[:-TAIL_BYTES]
 
     def clear(self) -> None:
         self._kept.clear()
+        self._cut = False
 
     def text(self) -> str:
-        return self._kept.decode(errors="replace")
+        end = self._kept.find(b"\n") if b"\n" in self._kept else self._kept.find(b" ")
+        return self._kept[end + 1 if self._cut else 0 :].decode(errors="replace")
 
 
 class Lines:
@@ -52,7 +57,9 @@ class Lines:
 
     def feed(self, data: bytes | bytearray) -> list[str]:
         *whole, self._rest = re.split(rb"[\r\n]", self._rest + data)
-        if len(self._rest) > 8192:
-            whole.append(self._rest)
-            self._rest = b""
+        while len(self._rest) > LINE_BYTES:
+            # Between two words: half of a secret would not be recognised as one.
+            end = self._rest.rfind(b" ", 0, LINE_BYTES) + 1 or LINE_BYTES
+            whole.append(self._rest[:end])
+            self._rest = self._rest[end:]
         return [line.decode(errors="replace").rstrip() for line in whole if line.strip()]

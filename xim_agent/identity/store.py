@@ -1,8 +1,10 @@
 """`enrollment.json` on disk: private, replaced atomically, one agent at a time (wire-protocol §3.5)."""
 
+import errno
 import os
 import shlex
 import stat
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -19,6 +21,7 @@ from xim_agent.identity.rotation import FORMAT, State
 FILE = "enrollment.json"
 LOCK = "enrollment.lock"
 MAX_BYTES = 4 * 1024 * 1024
+_AND_ENROLL = "and start with a new join key"
 
 
 class _Version(msgspec.Struct):
@@ -93,12 +96,13 @@ class StateStore:
                 state = msgspec.json.decode(data, type=State)
                 state.check()
                 return state
-            reason = f"its format {version} is not the one this agent knows ({FORMAT})"
-            hint = "run the version of the agent that wrote it"
+            reason = f"its format {version} is {'older' if version < FORMAT else 'newer'} than this agent's ({FORMAT})"
+            code = "state_version"
+            hint = f"run the version of the agent that wrote it, or `mv {path} {path}.format{version}` {_AND_ENROLL}"
         except (msgspec.MsgspecError, UnicodeDecodeError, JoseError, TokenRefused) as error:
             reason = f"it is damaged: {error}"
-            hint = f"restore it from a backup, or `mv {path} {path}.damaged` and start with a join key"
-        code = "state_version" if hint.startswith("run") else "state_corrupt"
+            code = "state_corrupt"
+            hint = f"restore it from a backup, or `mv {path} {path}.damaged` {_AND_ENROLL}"
         raise AgentError(code, f"{self.path} cannot be used: {reason}", hint=hint, exit_code=Exit.STATE)
 
     async def save(self, state: State) -> None:
@@ -120,12 +124,9 @@ class StateStore:
             temporary.replace(self.path)
             self._sync_directory()
         except OSError as error:
-            raise AgentError(
-                "state_write_failed",
-                f"cannot write {self.path}: {error.strerror}",
-                hint=f"free space, or make it writable: `chmod u+w {shlex.quote(str(self.directory))}`",
-                exit_code=Exit.STATE,
-            ) from None
+            with suppress(OSError):  # what is half written must not fill the disk further
+                temporary.unlink()
+            raise _unwritable(self.path, error) from None
 
     async def set_aside(self, suffix: str) -> Path:
         """Renames the state, for a credential that is of no use any more, and returns its new path."""
@@ -155,7 +156,7 @@ def _check(path: Path, status: os.stat_result, mode: str) -> None:
     quoted = shlex.quote(str(path))
     if status.st_uid != os.geteuid():
         message = f"{path} belongs to uid {status.st_uid}, this process runs as {os.geteuid()}"
-        hint = f"run as that user, or `chown -R {os.geteuid()} {quoted}`"
+        hint = f"`chown -R {os.geteuid()} {quoted}`, or run the agent as uid {status.st_uid}"
         raise AgentError("state_owner", message, hint=hint, exit_code=Exit.STATE)
     if stat.S_IMODE(status.st_mode) & 0o077:
         message = f"{path} has mode {stat.S_IMODE(status.st_mode):o}: others could reach the private key"
@@ -163,9 +164,39 @@ def _check(path: Path, status: os.stat_result, mode: str) -> None:
 
 
 def _unreadable(path: Path, error: OSError) -> AgentError:
-    return AgentError(
-        "state_unreadable",
-        f"cannot use {path}: {error.strerror}",
-        hint=f"see `ls -ld {shlex.quote(str(path))}`; it must belong to the agent's user, mode 700",
-        exit_code=Exit.STATE,
-    )
+    message = f"cannot use {path}: {error.strerror}"
+    return AgentError("state_unreadable", message, hint=_cure(path, error), exit_code=Exit.STATE)
+
+
+def _unwritable(path: Path, error: OSError) -> AgentError:
+    message = f"cannot write {path}: {error.strerror}"
+    return AgentError("state_write_failed", message, hint=_cure(path.parent, error), exit_code=Exit.STATE)
+
+
+def _cure(path: Path, error: OSError) -> str:
+    """The command that helps, as far as one can know it from here."""
+    known = next(p for p in (path, *path.absolute().parents) if _is_there(p))
+    mount = next(p for p in (known, *known.absolute().parents) if p.is_mount() or p == p.parent)
+    quoted, there, uid = shlex.quote(str(path)), shlex.quote(str(known)), os.geteuid()
+    if known == path:
+        owner = f"`chown -R {uid} {quoted} && chmod u+rwX {quoted}`"
+    else:  # never chown what is above
+        owner = f"`install -d -m 700 -o {uid} {quoted}`; which directory is closed to uid {uid}: `namei -l {quoted}`"
+    return {
+        errno.EACCES: owner,
+        errno.EPERM: owner,
+        errno.EROFS: f"`mount -o remount,rw {shlex.quote(str(mount))}`, or set XEROTIER_AGENT_CONFIG_PATH elsewhere",
+        errno.ENOSPC: f"free space on the file system of {mount}: `df -h {there}`, `du -xh {shlex.quote(str(mount))}`",
+        errno.EDQUOT: f"free some of the quota of uid {uid}: `quota`, `du -xh {there}`",
+        errno.ELOOP: f"it is a symbolic link, which is not followed: `mv $(readlink -f {quoted}) {quoted}`",
+        errno.EISDIR: f"it is a directory: `mv {quoted} {quoted}.aside`",
+        errno.ENOTDIR: f"{known} is no directory: `mv {there} {there}.aside`",
+        errno.EEXIST: f"{known} is no directory: `mv {there} {there}.aside`",
+    }.get(error.errno or 0, f"see `ls -ld {there}`; the file system may be damaged: `dmesg | tail`")
+
+
+def _is_there(path: Path) -> bool:
+    with suppress(OSError):
+        path.lstat()
+        return True
+    return False

@@ -27,7 +27,7 @@ class MetricsServer:
     """Four questions, asked anew for every request.
 
     `collect`: our series. `engine_text`: vLLM's last exposition, may be empty. `ready`: the reasons against being
-    ready, none when ready. `status`: a snapshot of dataclasses and plain values.
+    ready, none when ready. `status`: a snapshot of dataclasses and plain values. `redact` takes secrets out of answers.
     """
 
     def __init__(
@@ -37,7 +37,9 @@ class MetricsServer:
         ready: Callable[[], list[str]],
         status: Callable[[], dict[str, Any]],
         engine_text: Callable[[], bytes],
+        redact: Callable[[str], str],
     ) -> None:
+        self._redact = redact
         self._collect = collect
         self._ready = ready
         self._status = status
@@ -61,8 +63,8 @@ class MetricsServer:
         await serve(self.app(), config, task_status=task_status)  # type: ignore[arg-type]  # starlette's own ASGI types
 
     async def _metrics(self, request: Request) -> Response:
-        ours, engine = self._collect(), self._engine_text()
-        return Response(ours + engine, media_type=EXPOSITION)
+        text = (self._collect() + self._engine_text()).decode(errors="replace")
+        return Response(self._redact(text), media_type=EXPOSITION)
 
     async def _livez(self, request: Request) -> Response:
         return PlainTextResponse("alive\n")
@@ -71,11 +73,12 @@ class MetricsServer:
         reasons = self._ready()
         if not reasons:
             return PlainTextResponse("ready\n")
-        return PlainTextResponse("".join(f"not ready: {reason}\n" for reason in reasons), status_code=503)
+        text = "".join(f"not ready: {reason}\n" for reason in reasons)
+        return PlainTextResponse(self._redact(text), status_code=503)
 
     async def _snapshot(self, request: Request) -> Response:
-        body = msgspec.json.encode(self._status(), enc_hook=str)
-        return Response(body, media_type="application/json")
+        body = msgspec.json.encode(self._status(), enc_hook=str).decode()
+        return Response(self._redact(body), media_type="application/json")
 
 
 def _listen(host: str, port: int) -> int:

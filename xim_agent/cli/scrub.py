@@ -1,0 +1,63 @@
+"""Takes secrets out of what `ps` and /proc/PID/environ show of a process for as long as it lives.
+
+Removing a variable from the environment changes what children inherit, not these: the kernel shows the memory in which
+the process got its arguments and variables. That memory is overwritten here, of our own process before the guard is
+forked from it, and, where the kernel allows it, of the bootloader of a one-file program.
+"""
+
+import os
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from pathlib import Path
+
+from xim_agent.engine.guard import bundle
+
+_HIDDEN = b"*"
+
+
+def scrub(variables: Collection[str], flags: Collection[str]) -> None:
+    """`variables` and `flags` (with their dashes) are those whose values are secret. Never fails: it is a second line
+    of defence, behind …_FILE and systemd's credentials.
+    """
+    names = [name.encode() for name in variables]
+    _scrub(os.getpid(), names, [flag.encode() for flag in flags])
+    with suppress(OSError):
+        if bundle() is not None and Path(f"/proc/{os.getppid()}/exe").samefile("/proc/self/exe"):
+            _scrub(os.getppid(), names, [flag.encode() for flag in flags])
+
+
+def _scrub(pid: int, variables: list[bytes], flags: list[bytes]) -> None:
+    with suppress(OSError, ValueError, IndexError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        arguments, environment = map(int, fields[45:47]), map(int, fields[47:49])  # proc(5): 48 to 51, counted from 3
+        with open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:
+            for (start, end), mask in ((arguments, _arguments(flags)), (environment, _variables(variables))):
+                memory.seek(start)
+                old = memory.read(end - start)
+                new = b"\0".join(mask(old.split(b"\0")))
+                if new != old:
+                    memory.seek(start)
+                    memory.write(new)
+
+
+def _masked(entry: bytes) -> bytes:
+    """NAME=VALUE of the same length without the value."""
+    name, equals, value = entry.partition(b"=")
+    return name + equals + _HIDDEN * len(value)
+
+
+def _variables(names: list[bytes]) -> Callable[[list[bytes]], list[bytes]]:
+    return lambda entries: [_masked(e) if e.partition(b"=")[0] in names else e for e in entries]
+
+
+def _arguments(flags: list[bytes]) -> Callable[[list[bytes]], list[bytes]]:
+    def mask(words: list[bytes]) -> list[bytes]:
+        shown = []
+        for before, word in zip([b"", *words], words, strict=False):
+            if before in flags:
+                shown.append(_HIDDEN * len(word))
+            else:
+                shown.append(_masked(word) if word.partition(b"=")[0] in flags else word)
+        return shown
+
+    return mask
