@@ -7,6 +7,8 @@
  *   XIM_FAIL_ONLY  "files": sockets do not count
  *   XIM_FAIL_HOW   before | after | torn (a write does half of its work first) | an errno, as a number
  *
+ *   XIM_CLOCK      seconds by which this process sees the wall clock wrong
+ *
  * failpoint_arm does the same later, and counts from 1 again.
  */
 #define _GNU_SOURCE
@@ -23,6 +25,7 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { OFF, BEFORE, AFTER, TORN, ERROR };
@@ -30,6 +33,7 @@ enum { OFF, BEFORE, AFTER, TORN, ERROR };
 static char dir[PATH_MAX];
 static int log_fd = -1, at, how = OFF, error_number, files_only;
 static atomic_int count;
+static time_t clock_offset;
 
 #define REAL(name) ({ static typeof(&name) real_; if (!real_) real_ = dlsym(RTLD_NEXT, #name); real_; })
 
@@ -48,6 +52,8 @@ void failpoint_arm(const char *directory, const char *log_path, int number, cons
 __attribute__((constructor)) static void from_environment(void)
 {
     const char *number = getenv("XIM_FAIL_AT"), *mode = getenv("XIM_FAIL_HOW"), *only = getenv("XIM_FAIL_ONLY");
+    if (getenv("XIM_CLOCK"))
+        clock_offset = atol(getenv("XIM_CLOCK"));
     if (getenv("XIM_FAIL_DIR"))
         failpoint_arm(getenv("XIM_FAIL_DIR"), getenv("XIM_FAIL_LOG"), number ? atoi(number) : 0,
                       mode ? mode : "before", only ? only : "");
@@ -169,3 +175,19 @@ OPEN(open, AT_FDCWD, (const char *p, int flags, ...), (p, flags, mode))
 OPEN(open64, AT_FDCWD, (const char *p, int flags, ...), (p, flags, mode))
 OPEN(openat, at_fd, (int at_fd, const char *p, int flags, ...), (at_fd, p, flags, mode))
 OPEN(openat64, at_fd, (int at_fd, const char *p, int flags, ...), (at_fd, p, flags, mode))
+
+int clock_gettime(clockid_t id, struct timespec *now)
+{
+    int result = REAL(clock_gettime)(id, now);
+    if (id == CLOCK_REALTIME || id == CLOCK_REALTIME_COARSE)
+        now->tv_sec += clock_offset;
+    return result;
+}
+
+time_t time(time_t *now)
+{
+    time_t result = REAL(time)(NULL) + clock_offset;
+    if (now)
+        *now = result;
+    return result;
+}

@@ -38,7 +38,8 @@ def configured(flags: Mapping[str, Any], defaults: Mapping[str, str] | None = No
     config = sources.load(flags, os.environ, defaults)
     proxies = {name: value for name, value in os.environ.items() if name.lower().endswith("_proxy")}
     words = secret_words(config.vllm_args, config.vllm_env, proxies.values())
-    log.hide(config.join_key, config.vllm_salt_secret, *words)
+    payload = (config.join_key or "").partition("_")[2].partition("_")[2]  # the secret part also without its head
+    log.hide(config.join_key, payload, config.vllm_salt_secret, *words)
     secret = [option for option in OPTIONS if option.meta["secret"] or option.meta["repeat"]]
     scrub([*proxies, *(option.env for option in secret)], [option.flag for option in secret])
     keep_memory_private()

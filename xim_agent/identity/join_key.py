@@ -82,7 +82,10 @@ def _parts(text: str) -> tuple[str, tuple[str, ...], str, bytes]:
         raise JoseError("it does not have the form xjk_<slug>_<payload>")
     if not _SLUG.fullmatch(slug):
         raise JoseError("its second part is not 1 to 63 characters of a-z, 0-9 and -")
-    members = json_object(unb64u(payload))
+    try:
+        members = json_object(unb64u(payload))
+    except JoseError as error:
+        raise JoseError(f"its last part is incomplete or was changed ({error})") from None
     version = members.get("v")
     if type(version) is not int:
         raise JoseError("`v` is missing")

@@ -27,6 +27,10 @@ def explain(error: RouterError) -> AgentError:
     if error.code in _JOIN_KEY:
         message, hint = _JOIN_KEY[error.code]
         return AgentError(error.code, message, hint=hint, exit_code=Exit.JOIN_KEY_REFUSED)
+    if error.code == "rate_limited":
+        wait = f"{error.retry_after:.0f} s" if error.retry_after is not None else "a minute"
+        hint = f"check the join key, and wait {wait}: the router does not listen to this address for so long"
+        return AgentError(error.code, error.message, hint=hint, exit_code=Exit.NO_ROUTER)
     if error.action is Action.PROTOCOL:
         theirs = _said(error, "protocols")
         message = f"this agent speaks protocol {PROTOCOL}, the router {theirs}"

@@ -4,6 +4,7 @@ import socket
 import ssl
 from collections.abc import Iterator, Mapping
 from email.utils import parsedate_to_datetime
+from http.client import responses
 from typing import Any
 from urllib.request import getproxies, proxy_bypass
 
@@ -14,6 +15,7 @@ from xim_agent.outcome import CODES, NOT_A_ROUTER, Action, RouterError, classify
 from xim_agent.text import printable
 
 PROTOCOL = 1
+CONNECT_SECONDS = 10.0
 
 
 def date_of(headers: Mapping[str, str]) -> float | None:
@@ -51,7 +53,7 @@ def from_reply(what: str, status: int, headers: Mapping[str, str], body: bytes, 
     word = word if isinstance(word, str) else ""
     code = word if word in CODES else f"http_{status}"
     detail = problem.get("detail") or problem.get("title")
-    message = f"{what}: {status} {printable(word)[:100] or code}"
+    message = f"{what}: {status} {printable(word)[:100] or responses.get(status, 'without a name')}"
     message += f": {printable(detail)[:500]}" if isinstance(detail, str) else ""
     hint = NOT_A_ROUTER if code != word and classify(status, code) is Action.FINAL else ""
     if classify(status, code) is Action.PROTOCOL:
@@ -126,7 +128,7 @@ def from_transport(what: str, url: httpx.URL, error: httpx.TransportError) -> Ro
     elif tls is not None:
         code, text = "tls_failed", f"TLS with {place} failed: {tls.reason or tls}"
     elif isinstance(error, httpx.ConnectTimeout):
-        code, text = "connect_timeout", f"no connection to {proxy or place} within its time limit"
+        code, text = "connect_timeout", f"no connection to {proxy or place} within {CONNECT_SECONDS:.0f} s"
     elif any(isinstance(c, ConnectionRefusedError) for c in causes):
         code, text = "connection_refused", f"{proxy or place} refused the connection"
     elif isinstance(error, httpx.ConnectError):
@@ -138,6 +140,11 @@ def from_transport(what: str, url: httpx.URL, error: httpx.TransportError) -> Ro
     via = f" (through proxy {proxy})" if proxy and code != "proxy_failed" else ""
     hint = {
         "tls_failed": "set SSL_CERT_FILE to the CA of the router, or check for a proxy that opens TLS",
+        "connect_timeout": "a firewall may drop it: check that this host may reach that address",
+        "connection_refused": "check address and port, and that the router runs",
+        "connect_failed": "check the network of this host and the router's address",
+        "silence": "see the router's log; something in between may hold the reply back",
+        "connection_lost": "see the router's log",
         "dns_failed": "check the router's address and the resolver of this host",
         "proxy_failed": "check HTTPS_PROXY and NO_PROXY",
     }.get(code, "")

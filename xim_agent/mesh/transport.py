@@ -16,7 +16,6 @@ from xim_agent.mesh.content import ContentError, unpack
 from xim_agent.mesh.tls import verified
 from xim_agent.outcome import RouterError
 
-CONNECT_SECONDS = 10.0
 SILENCE_SECONDS = 10.0
 MAX_PROBLEM = 64 * 1024
 # hypercorn and nginx close idle connections after 75 s; ours go first, so that a call seldom meets a closing one.
@@ -103,7 +102,8 @@ class Transport:
         self, method: str, url: httpx.URL, headers: Mapping[str, str], body: bytes | None, silence: float
     ) -> AsyncIterator["Opened"]:
         """The reply's head with its body unread; leaving the block closes the connection unless all was read."""
-        limits = {"connect": CONNECT_SECONDS, "read": silence, "write": silence, "pool": CONNECT_SECONDS}
+        connect = failures.CONNECT_SECONDS
+        limits = {"connect": connect, "read": silence, "write": silence, "pool": connect}
         agent = {"user-agent": f"xerotier-xim-agent/{__version__}"}
         # Built by hand, so that no cookie of an earlier reply is sent.
         request = httpx.Request(method, url, headers={**agent, **headers}, content=body, extensions={"timeout": limits})
