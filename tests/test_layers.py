@@ -44,7 +44,7 @@ FILE_IO = {
 }
 CLOCKS = {"now", "today", "utcnow"}  # of datetime
 
-SHARED = {"errors", "outcome", "backoff", "clock", "watch", "health", "files", "text", "prctl"}
+SHARED = {"errors", "outcome", "backoff", "clock", "watch", "health", "files", "text", "prctl", "log"}
 WIRING = {"agent", "assemble", "__main__"}
 NURSERIES = {
     *("agent", "cli.local", "cli.router", "engine.process", "cache.download", "cache.service", "work.sender"),

@@ -10,8 +10,9 @@ from typing import IO, Any
 TRACE = 5
 _LEVELS = {"trace": TRACE, "debug": 10, "info": 20, "warning": 30, "error": 40}
 _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
-# Join keys, refresh tokens and API keys by their prefix; JWTs by their shape.
-_SECRET = re.compile(r"\b(?:xjk_[A-Za-z0-9-]+_|xrt_|sk-xim-|eyJ[A-Za-z0-9_-]{8,}\.)[A-Za-z0-9_.\-]+")
+# Join keys, refresh tokens and API keys by their prefix; JWTs by their shape. No word boundary before them: the escape
+# sequence of a colour ends in a letter.
+_SECRET = re.compile(r"(?:xjk_[A-Za-z0-9-]+_|xrt_|sk-xim-|eyJ[A-Za-z0-9_-]{8,}\.)[A-Za-z0-9_.\-]+")
 _COLOUR = {"TRACE": "90", "DEBUG": "90", "INFO": "36", "WARNING": "33", "ERROR": "31", "CRITICAL": "31"}
 
 _planted: set[str] = set()

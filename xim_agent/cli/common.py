@@ -31,8 +31,7 @@ def configured(flags: Mapping[str, Any], defaults: Mapping[str, str] | None = No
     """Secrets are out of the environment, of what others can see of this process, and of every log line when this
     returns; so call it before the first fork.
     """
-    from xim_agent.cli.scrub import scrub
-    from xim_agent.prctl import keep_memory_private
+    from xim_agent.cli.private import keep_private
 
     log.setup()
     config = sources.load(flags, os.environ, defaults)
@@ -41,8 +40,7 @@ def configured(flags: Mapping[str, Any], defaults: Mapping[str, str] | None = No
     payload = (config.join_key or "").partition("_")[2].partition("_")[2]  # the secret part also without its head
     log.hide(config.join_key, payload, config.vllm_salt_secret, *words)
     secret = [option for option in OPTIONS if option.meta["secret"] or option.meta["repeat"]]
-    scrub([*proxies, *(option.env for option in secret)], [option.flag for option in secret])
-    keep_memory_private()
+    keep_private([*proxies, *(option.env for option in secret)], [option.flag for option in secret])
     log.setup(config.log_level, config.log_format)
     return config
 

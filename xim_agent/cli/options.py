@@ -65,17 +65,12 @@ class AgentCommand(click.Command):
         for option in OPTIONS:
             if only is not None and option.attr not in only:
                 continue
-            is_flag = option.kind is bool
-            self.params.append(
-                click.Option(
-                    [_flag(option), option.attr],
-                    is_flag=is_flag,
-                    flag_value=True if is_flag else None,
-                    multiple=option.meta["repeat"] is not None,
-                    default=None,
-                    help=help_of(option),
-                )
-            )
+            kind: dict[str, Any] = {"multiple": option.meta["repeat"] is not None}
+            if option.kind is bool:
+                # Given to any other option, click takes a value that begins with a dash for the next option.
+                kind = {"is_flag": True, "flag_value": True}
+            names = [_flag(option), option.attr]
+            self.params.append(click.Option(names, default=None, help=help_of(option), **kind))
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         own = [r for p in self.params[: self.own] if (r := p.get_help_record(ctx)) is not None]

@@ -38,9 +38,11 @@ def serve(listen: str, public_urls: tuple[str, ...], tls_cert: Path | None, tls_
     """Run the router until SIGINT or SIGTERM."""
     import trio
 
+    from xim_agent.cli.private import keep_private
     from xim_agent.engine.guard import die_with_parent
     from xim_agent.router.store import Store, router_lock
 
+    keep_private()
     die_with_parent()
     if (tls_cert is None) != (tls_key is None):
         raise click.UsageError("--tls-cert and --tls-key go together")

@@ -17,6 +17,7 @@ from xim_agent.errors import AgentError, Exit
 from xim_agent.identity.claims import TokenRefused
 from xim_agent.identity.jose import JoseError
 from xim_agent.identity.rotation import FORMAT, State
+from xim_agent.log import hide
 
 FILE = "enrollment.json"
 LOCK = "enrollment.lock"
@@ -95,6 +96,7 @@ class StateStore:
             if version == FORMAT:
                 state = msgspec.json.decode(data, type=State)
                 state.check()
+                hide(state.key)
                 return state
             reason = f"its format {version} is {'older' if version < FORMAT else 'newer'} than this agent's ({FORMAT})"
             code = "state_version"
@@ -110,6 +112,7 @@ class StateStore:
 
         Cancellation waits for the write: afterwards the file holds either the old state or the new one.
         """
+        hide(state.key)
         await trio.to_thread.run_sync(self._save, msgspec.json.format(msgspec.json.encode(state)))
 
     def _save(self, data: bytes) -> None:

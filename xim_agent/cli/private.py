@@ -1,29 +1,37 @@
-"""Takes secrets out of what `ps` and /proc/PID/environ show of a process for as long as it lives.
+"""What others can see of a process that holds secrets: not these.
 
 Removing a variable from the environment changes what children inherit, not these: the kernel shows the memory in which
-the process got its arguments and variables. That memory is overwritten here, of our own process before the guard is
-forked from it, and, where the kernel allows it, of the bootloader of a one-file program.
+the process got its arguments and variables, for as long as it lives. That memory is overwritten here: of our own
+process before the guard is forked from it, and, where the kernel allows it, of the bootloader of a one-file program.
 """
 
 import os
+import resource
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 
 from xim_agent.engine.guard import bundle
+from xim_agent.prctl import keep_memory_private
 
 _HIDDEN = b"*"
 
 
-def scrub(variables: Collection[str], flags: Collection[str]) -> None:
-    """`variables` and `flags` (with their dashes) are those whose values are secret. Never fails: it is a second line
-    of defence, behind …_FILE and systemd's credentials.
+def keep_private(variables: Collection[str] = (), flags: Collection[str] = ()) -> None:
+    """Also, no core is dumped, and only root may trace the process. Call it before the first fork.
+
+    `variables` and `flags` (with their dashes) are those whose values are secret. Never fails: for them it is a second
+    line of defence, behind …_FILE and systemd's credentials.
     """
-    names = [name.encode() for name in variables]
-    _scrub(os.getpid(), names, [flag.encode() for flag in flags])
+    names, words = [name.encode() for name in variables], [flag.encode() for flag in flags]
+    _scrub(os.getpid(), names, words)
     with suppress(OSError):
-        if bundle() is not None and Path(f"/proc/{os.getppid()}/exe").samefile("/proc/self/exe"):
-            _scrub(os.getppid(), names, [flag.encode() for flag in flags])
+        bootloader = os.getppid()
+        if bundle() is not None and Path(f"/proc/{bootloader}/exe").samefile("/proc/self/exe"):
+            _scrub(bootloader, names, words)
+            # It dies of the signal that its program died of.
+            resource.prlimit(bootloader, resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    keep_memory_private()
 
 
 def _scrub(pid: int, variables: list[bytes], flags: list[bytes]) -> None:
