@@ -49,7 +49,6 @@ async def rows(bench: Bench, *args: str) -> list[dict[str, Any]]:
 
 
 async def status(bench: Bench) -> list[str]:
-    bench.router.agents.save_seen()
     return [row["status"] for row in await rows(bench, "agents", "ls")]
 
 
@@ -64,6 +63,7 @@ async def problem(agent: FakeAgent, path: str = "/v1/assignment") -> tuple[int, 
 async def test_states_of_an_agent(bench: Bench, agent: FakeAgent) -> None:
     assert await status(bench) == ["pending"]
     await agent.poll(wait_ms=0)
+    await until(lambda: bench.store.db.execute("SELECT last_seen FROM agents").fetchone()[0])
     assert await status(bench) == ["active"]
     await router(bench, "agents", "suspend", agent.id)
     assert await status(bench) == ["suspended"]

@@ -217,6 +217,7 @@ class IdentityService:
 
     async def _refresh(self, old: Enrollment) -> RouterError | None:
         """None when a refresh token worked, else the router's refusal of the last one tried."""
+        began = trio.current_time()
         exchange = Exchange(self._transport, self._clock, await self._memory.key())
         refusal = None
         for presented in old.presentable():
@@ -232,7 +233,8 @@ class IdentityService:
                 self.outdated()
             self._refreshes, self._last_refresh = self._refreshes + 1, self._clock.now()
             self._publish(fresh, found, router, found.exp - found.iat)
-            log.debug("token refreshed", extra={"router": router, "life_seconds": found.exp - found.iat})
+            extra = {"router": router, "life_seconds": found.exp - found.iat, "seconds": _since(began)}
+            log.debug("token refreshed", extra=extra)
             return None
         return refusal
 
@@ -240,6 +242,7 @@ class IdentityService:
         used = self._refusal is not None and self._join_key_used
         if (join_key := None if used else self._join_key()) is None:
             raise refusals.credential_refused(self._refusal, used) if self._refusal else refusals.no_credential()
+        began = trio.current_time()
         about = {"agent": self._agent_info, "hardware": self._hardware(), "max_concurrent": self._max_concurrent}
         exchange = Exchange(self._transport, self._clock, await self._memory.key())
         fresh, found, router = await exchange.enroll(join_key, self._override or join_key.routers, about)
@@ -248,7 +251,7 @@ class IdentityService:
         self._enrollments += 1
         self._publish(fresh, found, router, found.exp - found.iat)
         extra = {"agent_id": fresh.agent_id, "router": router, "project": fresh.project, "region": fresh.region}
-        log.info(f"enrollment successful: {fresh.agent_id}", extra=extra)
+        log.info(f"enrollment successful: {fresh.agent_id}", extra=extra | {"seconds": _since(began)})
 
     async def _newest_keys(self) -> bool:
         before = self._refreshes
@@ -278,3 +281,7 @@ class IdentityService:
         self._claims = found
         self._expires = trio.current_time() + seconds
         self._tokens.bump()
+
+
+def _since(began: float) -> float:
+    return round(trio.current_time() - began, 4)

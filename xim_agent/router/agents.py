@@ -41,6 +41,7 @@ class AgentApi:
         self._guesses = Guesses()
         self._tokens: dict[str, Claims] = {}
         self._seen: dict[str, float] = {}
+        self._known: set[str] = set()
 
     # -- admission --
 
@@ -178,7 +179,13 @@ class AgentApi:
     def save_seen(self) -> None:
         """Writes when each agent was last heard; what was not written is kept. Raises sqlite3.Error."""
         self._store.save_seen(self._seen)
+        self._known |= self._seen.keys()
         self._seen = {}
+
+    @property
+    def newcomers(self) -> bool:
+        """Whether an agent was heard for the first time since the router started, and that is not written yet."""
+        return not self._seen.keys() <= self._known
 
     def _duty(self, who: Claims) -> Duty:
         return self._duty_of(who.agent_id, who.project)

@@ -165,7 +165,7 @@ class Router:
                     if (found := self.store.data_version()) != version:
                         self.agents.reload()
                         version = found
-                    if now - saved >= SEEN_SECONDS:
+                    if now - saved >= SEEN_SECONDS or self.agents.newcomers:
                         self.agents.save_seen()
                         saved = now
                 except sqlite3.Error as error:

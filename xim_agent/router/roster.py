@@ -19,7 +19,7 @@ def listed(db: sqlite3.Connection, now: float, limits: Limits, *, removed: bool 
     """By name: `id`, `name`, `worker_id`, `project`, `region`, `status`, `credential` (valid or revoked), `last_seen`,
     `enrolled` (Unix seconds; None: never), `address` (it enrolled from), `version`, `join_key` (number).
 
-    `last_seen` is written every 15 s, so a state may be that much behind.
+    `last_seen` is written every 15 s (at once for a newcomer), so a state may be that much behind.
     """
     found = rows(db, f"SELECT {_COLUMNS} FROM agents ORDER BY name, enrolled")  # noqa: S608 no input in it
     listed = []
