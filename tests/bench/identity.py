@@ -1,8 +1,8 @@
 """Enrollment and refresh over loopback by the executable; by hand: `./build/freeze && python tests/bench/identity.py`.
 
 The times are the agent's own, from its log: key made (enrollment), proof, call, every check, state on disk; each is the
-first call of its process. The peer is what nobody can do without: one HTTP call of that size to the same router (by curl),
-and the same bytes written, fsynced and renamed as often. Prints medians; exit 1 above the targets of 150 and 30 ms.
+first call of its process. The peer is what nobody can do without: one HTTP call of that size to the same router, by
+curl, and the same bytes written, fsynced and renamed as often. Prints medians; exit 1 above 150 and 30 ms.
 """
 
 import json

@@ -14,13 +14,13 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
 import pytest
-from fakes.crash import library
+from fakes.place import Place, serving_router
 from fakes.stack import free_port, until
 from fakes.tls import certificate, named, server_context
 
@@ -44,102 +44,10 @@ class Row:
     label: str
 
 
-@dataclass
-class Place:
-    """Executable, a running router, and a directory for each agent."""
-
-    exe: str
-    root: Path
-    port: int = field(default_factory=free_port)
-    made: int = 0
-
-    def __post_init__(self) -> None:
-        self.data = self.root / "router"
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.library = library(self.root)
-
-    def directory(self) -> Path:
-        self.made += 1
-        return self.root / f"agent{self.made}"
-
-    def env(self, state: Path, environ: dict[str, str], settings: dict[str, str]) -> dict[str, str]:
-        kept = {n: v for n, v in os.environ.items() if not n.startswith("XEROTIER") and "proxy" not in n.lower()}
-        own = {"CONFIG_PATH": str(state), "MODEL_CACHE_PATH": f"{state}-cache", "LOG_FORMAT": "console", **settings}
-        return kept | {"HOME": str(self.root)} | environ | {f"XEROTIER_AGENT_{n}": v for n, v in own.items()}
-
-    def router(self, *args: str) -> subprocess.CompletedProcess[str]:
-        command = [self.exe, "router", *args, "--data", str(self.data)]
-        return subprocess.run(command, capture_output=True, text=True, check=True)
-
-    def new_key(self) -> tuple[str, str]:
-        """Number and text of a join key."""
-        done = self.router("join-key", "create", "--project", "p")
-        number = re.match(r"key (\d+), ", done.stderr)
-        assert number
-        return number[1], done.stdout.strip()
-
-    def join_key(self) -> str:
-        return self.new_key()[1]
-
-    def enroll(
-        self, state: Path | None = None, environ: dict[str, str] | None = None, **settings: str
-    ) -> subprocess.CompletedProcess[str]:
-        env = self.env(state or self.directory(), environ or {}, settings)
-        return subprocess.run([self.exe, "enroll"], env=env, capture_output=True, text=True, check=False, timeout=60)
-
-    def enrolled(self) -> tuple[Path, str]:
-        """State directory and id of a new agent."""
-        state = self.directory()
-        done = self.enroll(state, JOIN_KEY=self.join_key())
-        assert done.returncode == 0, done.stderr
-        return state, json.loads((state / "enrollment.json").read_bytes())["enrollment"]["agent_id"]
-
-    @contextmanager
-    def run(self, state: Path, environ: dict[str, str] | None = None, **settings: str) -> Iterator["Running"]:
-        port = free_port()
-        log = state.with_name(state.name + f"-{port}.log")
-        env = self.env(state, environ or {}, {"METRICS_PORT": str(port), **settings})
-        with log.open("wb") as out:
-            popen = subprocess.Popen([self.exe, "run"], env=env, stdout=out, stderr=out)
-        try:
-            yield Running(popen, log, port)
-        finally:
-            popen.terminate()
-            popen.wait(30)
-
-
-@dataclass
-class Running:
-    popen: subprocess.Popen[bytes]
-    log: Path
-    port: int
-
-    @property
-    def text(self) -> str:
-        return self.log.read_text(errors="replace")
-
-    def metrics(self) -> str:
-        try:
-            return httpx.get(f"http://127.0.0.1:{self.port}/metrics", trust_env=False).text
-        except httpx.HTTPError:
-            return ""
-
-    def label(self, metric: str, code: str) -> bool:
-        return f'{metric}{{code="{code}"}} ' in self.metrics()
-
-
 @pytest.fixture(scope="module")
 def place(agent_exe: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    place = Place(str(agent_exe), tmp_path_factory.mktemp("causes"))
-    listen = f"127.0.0.1:{place.port}"
-    log = place.root / "router.log"
-    with log.open("wb") as out:
-        command = [place.exe, "router", "serve", "--listen", listen, "--data", str(place.data)]
-        popen = subprocess.Popen(command, stderr=out)
-    until("the router listens", lambda: "listening" in log.read_text(), 15)
-    yield place
-    popen.terminate()
-    popen.wait(15)
+    with serving_router(str(agent_exe), tmp_path_factory.mktemp("causes")) as place:
+        yield place
 
 
 def read(cause: str, done: subprocess.CompletedProcess[str], place: Place) -> Row:
@@ -379,6 +287,12 @@ def older(state: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 0}))
 
 
+def owner(place: Place) -> Row:
+    state, _ = place.enrolled()
+    other = {"LD_PRELOAD": str(place.library), "XIM_UID": str(os.geteuid() + 1)}
+    return read("state of another user", place.enroll(state, other), place)
+
+
 def full(place: Place) -> Row:
     """When it writes the state: the pid in the lock file, which comes before, is not that important."""
     state = place.directory()
@@ -433,7 +347,7 @@ CASES: list[Callable[[Place], Row]] = [
     state_file("state can be read by others", lambda state: (state / "enrollment.json").chmod(0o644)),
     state_file("state is damaged", lambda state: (state / "enrollment.json").write_bytes(b"{")),
     state_file("state of an older version", older),
-    *(full, read_only),
+    *(owner, full, read_only),
 ]
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +23,9 @@ def library(directory: Path) -> Path:
     if not made.exists():
         source = HERE / "failpoints.c"
         flags = ["-shared", "-fPIC", "-O1", "-Wall", "-Wno-nonnull-compare", "-U_FORTIFY_SOURCE"]
-        subprocess.run(["gcc", *flags, "-o", str(made), str(source), "-ldl"], check=True)
+        with tempfile.NamedTemporaryFile(dir=directory, delete=False) as fresh:
+            subprocess.run(["gcc", *flags, "-o", fresh.name, str(source), "-ldl"], check=True)
+        Path(fresh.name).rename(made)
     return made
 
 

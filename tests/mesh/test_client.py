@@ -277,3 +277,44 @@ async def test_urls_that_are_refused(client: Any, login: Any, url: str) -> None:
     with pytest.raises(AgentError) as error:
         await client.poll(POLL)
     assert error.value.exit_code == 78
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+async def test_a_redirect_that_asks_for_the_token_elsewhere(
+    client: Any, start: Any, login: Any, answer: Any, status: int
+) -> None:
+    """Nobody goes there, neither with a token nor with a join key; the place is named without what may be secret."""
+    elsewhere = await start()
+    target = f"{elsewhere.url.replace('//', '//user:hunter2@')}/v1/enroll?sig=hunter3#hunter4"
+
+    async def away(call: Any) -> Any:
+        return answer(status, {"location": target})
+
+    server = await start(away)
+    client.credentials = login(server.url)
+    calls = (
+        lambda: client.enroll(server.url, "proof", {"join_key": "xjk"}),
+        lambda: client.refresh(server.url, "proof", {"refresh_token": "xrt"}),
+        lambda: client.poll(POLL),
+        lambda: client.events("boot", []),
+        lambda: client.assignment(),
+        lambda: client.manifest("0" * 64),
+    )
+    for call in calls:
+        with pytest.raises(RouterError) as error:
+            await call()
+        assert (error.value.action, error.value.code) == (Action.RETRY, f"http_{status}")
+        assert f"location: {elsewhere.url}/v1/enroll)" in error.value.message
+    assert len(server.calls) == len(calls)
+    assert elsewhere.connections == 0
+
+
+async def test_no_cookie_of_a_router_comes_back(client: Any, start: Any, login: Any, answer: Any) -> None:
+    async def sticky(call: Any) -> Any:
+        return answer(204, {"set-cookie": "session=1; Path=/"})
+
+    server = await start(sticky)
+    client.credentials = login(server.url)
+    for _ in range(2):
+        await client.assignment()
+    assert "cookie" not in server.calls[1].headers

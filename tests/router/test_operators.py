@@ -163,7 +163,9 @@ async def test_revoked_credentials_end_its_tokens_at_once_and_a_join_key_brings_
     assert await problem(agent) == (401, "token_invalid"), "a stolen one stays dead"
 
 
-async def test_signing_key_rotates_beside_a_running_router(bench: Bench, agent: FakeAgent) -> None:
+async def test_signing_key_rotates_beside_a_running_router(
+    bench: Bench, agent: FakeAgent, nursery: trio.Nursery
+) -> None:
     async def kids() -> tuple[str, set[str]]:
         signed = (await agent.http.get(f"{bench.url}/v1/assignment")).text
         return header(signed)["kid"], set(bench.router.agents._keys.public)
@@ -174,8 +176,10 @@ async def test_signing_key_rotates_beside_a_running_router(bench: Bench, agent: 
     assert "2 before it" in result.stderr
     await until(lambda: second in bench.router.agents._keys.public)
     assert await kids() == (second, {first, second}), "and the old token is still good"
+    held = await hold(bench, agent, nursery)
     result = await router(bench, "rotate-signing-key", "--compromised")
     third = result.stdout.strip()
+    await until(lambda: held)
     await until(lambda: third in bench.router.agents._keys.public)
     assert set(bench.router.agents._keys.public) == {third}
     assert await problem(agent) == (401, "token_invalid")

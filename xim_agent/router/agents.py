@@ -165,10 +165,12 @@ class AgentApi:
 
     def reload(self) -> None:
         """Something in the database was changed by another process."""
-        self._keys = self._store.keys(self._clock.now())
+        before, self._keys = self._keys, self._store.keys(self._clock.now())
         self._tokens.clear()
         now = trio.current_time()
         for agent in list(self._dispatch.agents.values()):
+            if agent.poll is not None and before.public.keys() - self._keys.public.keys():
+                self._dispatch.abandon(agent.poll, now)  # its token may be by a key that is out: the next call tells
             try:
                 duty = self._duty_of(agent.id, agent.duty.project)
             except Problem:
