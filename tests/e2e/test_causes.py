@@ -69,7 +69,7 @@ def plain(text: str, place: Place) -> str:
         (r"pid \d+", "pid N"),
         (r"\b\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC", "TIME"),
         (r"\b(29\d|30\d) s\b", "300 s"),
-        (r"\b[A-Za-z0-9_-]{43}\b", "THUMBPRINT"),
+        (r"(?<![\w-])[\w-]{43}(?![\w-])", "THUMBPRINT"),
         (r"wait \d+ s", "wait N s"),
         (r"uid \d+|chown -R \d+", lambda m: re.sub(r"\d+", "N", m[0])),
         (r"runs as \d+", "runs as N"),
