@@ -25,11 +25,14 @@ class AssignmentVerifier:
         Raises TokenRefused. When it is signed by an unknown key, the newest key set is fetched first; where that fails,
         nobody knows yet, and it is a RouterError of the retry class.
         """
+        unknown = None
         try:
             assignment = self._memory.verified(jws)
-        except UnknownKid as unknown:
+        except UnknownKid as error:
+            unknown = error
+        if unknown is not None:
             if not await self._refresh():
-                raise RouterError(unknown.code, unknown.message) from None
+                raise RouterError(unknown.code, unknown.message)
             assignment = self._memory.verified(jws)
         try:
             await self._memory.remember(jws, assignment.iat)
