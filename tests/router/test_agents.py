@@ -2,7 +2,6 @@
 
 import base64
 import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,6 @@ from xim_agent.router.jobs import Limits
 from xim_agent.router.store import Store
 
 ASK = {"model": MODEL, "messages": []}
-
-
-@pytest.fixture
-async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
-    async with running(tmp_path / "router", Limits(grace=0.0)) as bench:
-        yield bench
-
-
-@pytest.fixture
-async def agent(bench: Bench) -> FakeAgent:
-    return await bench.agent()
 
 
 async def post(bench: Bench, padding: str = "") -> None:

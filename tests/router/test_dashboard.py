@@ -2,21 +2,11 @@
 
 import json
 import re
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
-from fakes.agent import MODEL, Bench, FakeAgent, answer, running
-
-from xim_agent.router.jobs import Limits
-
-
-@pytest.fixture
-async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
-    async with running(tmp_path / "router", Limits(grace=0.0)) as bench:
-        yield bench
+from fakes.agent import MODEL, Bench, FakeAgent, answer
 
 
 async def shown(bench: Bench) -> dict[str, Any]:

@@ -2,35 +2,22 @@
 
 import json
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 from click.testing import CliRunner, Result
-from fakes.agent import Bench, FakeAgent, running, until
+from fakes.agent import Bench, FakeAgent, until
 
 from xim_agent.cli.router import command
 from xim_agent.cli.table import ago, plain
 from xim_agent.errors import AgentError
 from xim_agent.router import join_keys, keyring
 from xim_agent.router.guesses import ALLOWED, KEEP, REFILL_SECONDS, Guesses
-from xim_agent.router.jobs import Limits
 from xim_agent.router.lifecycle import lifecycle
 from xim_agent.router.store import Store
 from xim_agent.router.tokens import Problem
-
-
-@pytest.fixture
-async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
-    async with running(tmp_path / "router", Limits(grace=0.0)) as bench:
-        yield bench
-
-
-@pytest.fixture
-async def agent(bench: Bench) -> FakeAgent:
-    return await bench.agent()
 
 
 async def router(bench: Bench, *args: str) -> Result:
