@@ -199,6 +199,7 @@ def test_disk_fails_at_every_operation(serving: Scene, tmp_path: Path, error: in
             assert code == 77
             last = serving.zygote.said()[-800:]
             assert "state_write_failed" in last or "state_unreadable" in last
+            assert not (state / "enrollment.json.new").exists(), "half a file would fill the disk further"
             after = content(state)
             assert after.get("enrollment") or after == before or not before
         serving.comes_back(state, key, number)

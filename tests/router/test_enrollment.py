@@ -120,6 +120,14 @@ def test_lost_reply_comes_back_after_the_key_expired_but_only_until_the_credenti
     assert refused(side.enroll, key, now=NOW + 30) == (403, "join_key_expired")
 
 
+def test_revoked_credential_does_not_bring_an_expired_key_back(side: Side) -> None:
+    key = side.join_key(expires_at=NOW + 10)
+    agent_id = side.enroll(key)["agent_id"]
+    side.enroll(key, now=NOW + 20)
+    roster.revoke_credentials(side.db, agent_id, NOW + 30)
+    assert refused(side.enroll, key, now=NOW + 40) == (403, "join_key_expired")
+
+
 def test_secret_is_stored_as_a_hash(side: Side, tmp_path: Path) -> None:
     key = side.join_key()
     token = side.enroll(key)["refresh_token"]
