@@ -167,8 +167,7 @@ async def assemble(config: Config, guard: Guard) -> AsyncIterator[Agent]:
             except* RouterError as group:
                 if any(isinstance(e, RouterError) and e.action is Action.REMOVED for e in leaves(group)):
                     with trio.move_on_after(5, shield=True):
-                        kept = await made.identity.set_aside("removed")
-                        log.warning("removed by the router; the credential is kept aside", extra={"path": str(kept)})
+                        raise await made.identity.removed() from None
                 raise
     finally:
         store.close()

@@ -6,30 +6,38 @@ import re
 import sys
 import time
 from typing import IO, Any
+from urllib.parse import quote
 
 TRACE = 5
 _LEVELS = {"trace": TRACE, "debug": 10, "info": 20, "warning": 30, "error": 40}
 _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
+# User and password in a URL: of proxies, databases, collectors.
+_USERINFO = re.compile(r"(?<=://)[^\s/?#@\"'<>]+(?=@)")
 # Join keys, refresh tokens and API keys by their prefix; JWTs by their shape. No word boundary before them: the escape
 # sequence of a colour ends in a letter.
 _SECRET = re.compile(r"(?:xjk_[A-Za-z0-9-]+_|xrt_|sk-xim-|eyJ[A-Za-z0-9_-]{8,}\.)[A-Za-z0-9_.\-]+")
 _COLOUR = {"TRACE": "90", "DEBUG": "90", "INFO": "36", "WARNING": "33", "ERROR": "31", "CRITICAL": "31"}
 
+SHORTEST = 6  # characters of what can be hidden: shorter words occur by chance
 _planted: set[str] = set()
 
 
 def hide(*secrets: str | None) -> None:
-    """From now on each (of at least 6 characters) is shown as *** wherever it turns up in a line, as JSON too."""
-    for secret in secrets:
-        if secret and len(secret) >= 6:
-            _planted.update({secret, json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]})
+    """From now on each (of at least 6 characters) is shown as *** wherever it turns up in a line, as JSON or in a URL
+    too. Of one with several lines (a PEM file) each line is hidden: lines are what is logged.
+    """
+    for whole in filter(None, secrets):
+        for secret in {whole, *whole.splitlines()}:
+            if len(secret) >= SHORTEST:
+                as_json = (json.dumps(secret, ensure_ascii=ascii_only)[1:-1] for ascii_only in (True, False))
+                _planted.update({secret, quote(secret, safe=""), *as_json})
 
 
 def redact(text: str) -> str:
     for secret in sorted(_planted, key=len, reverse=True):  # one may be a part of another
         if secret in text:
             text = text.replace(secret, "***")
-    return _SECRET.sub("***", text)
+    return _SECRET.sub("***", _USERINFO.sub("***", text) if "@" in text else text)
 
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:

@@ -51,9 +51,9 @@ class MemoryStore:
             raise AgentError("state_write_failed", "no space left on device", exit_code=Exit.STATE)
         self.data = msgjson.encode(state)
 
-    async def set_aside(self, suffix: str) -> Path:
+    async def set_aside(self, suffix: str, instead: State | None) -> Path:
         await trio.lowlevel.checkpoint()
-        self.aside[suffix], self.data = self.data, None
+        self.aside[suffix], self.data = self.data, None if instead is None else msgjson.encode(instead)
         return Path(f"enrollment.json.{suffix}")
 
 
@@ -225,12 +225,12 @@ async def some_hours() -> None:
     await trio.sleep(4 * 3600)
 
 
-async def until(check: Callable[[], object]) -> None:
-    """Virtual time: waits for what another task of the test brings about."""
+async def until(check: Callable[[], object], every: float = 1) -> None:
+    """Virtual time: waits for what another task of the test brings about; `every`: seconds between two looks."""
     for _ in range(10_000):
         if check():
             return
-        await trio.sleep(1)
+        await trio.sleep(every)
     raise AssertionError("it never came")
 
 

@@ -88,7 +88,7 @@ async def test_router_with_keys_of_its_own_at_the_same_address(
     agent: Agent, router: Router, stranger: Router, autojump_clock: Any
 ) -> None:
     """As an interceptor would be whose TLS is trusted, or with --insecure: the join key's pin is what counts."""
-    forged = RouterKeys(URL, stranger.keys.root, stranger.keys.signing, stranger.keys.set_iat)
+    forged = RouterKeys(URL, stranger.keys.root, stranger.keys.signing)
     router.keys = forged
     error = await refused(agent)
     assert (error.code, "thumbprint" in error.message) == ("pin_mismatch", True)
@@ -140,7 +140,7 @@ async def test_no_refusal_makes_the_agent_call_again_and_again(
     """A router that answers everything with refusals of the retry class is called less and less often."""
     caplog.set_level(logging.CRITICAL)
     await agent.start().enroll_once()
-    router.keys = RouterKeys(URL, Ed25519PrivateKey.generate(), router.keys.signing, 1)
+    router.keys = RouterKeys(URL, Ed25519PrivateKey.generate(), router.keys.signing)
     before = router.refreshes
     await running(agent.start(), some_hours)
     assert router.enrolls == 1
@@ -175,6 +175,7 @@ def test_any_problem_has_a_name_and_fits_a_screen(status: int, headers: dict[str
         assert text.isprintable()
         assert len(text) < 1500
     assert error.retry_after is None or error.retry_after >= 0
+    assert shown.hint
     assert shown.exit_code in (10, 11, 12, 13, 14, 69, 78)
 
 

@@ -19,9 +19,7 @@ from xim_agent.router.tokens import RouterKeys
 
 NOW = 1_700_000_000
 ISSUER = "https://router.example"
-KEYS = RouterKeys(
-    ISSUER, Ed25519PrivateKey.generate(), [Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()], NOW
-)
+KEYS = RouterKeys(ISSUER, Ed25519PrivateKey.generate(), [Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()])
 AGENT = Ed25519PrivateKey.generate()
 JKT = jose.thumbprint(AGENT.public_key())
 SAME = {"project": "p", "region": "eu", "worker_id": "w"}
@@ -117,6 +115,9 @@ FORGED: dict[str, str] = {
     "exp text": token(exp=str(NOW + 60)),
     "exp a float": token(exp=NOW + 60.0),
     "exp true": token(exp=True),
+    "exp after all time": token(exp=10**400),
+    "iat before all time": token(iat=-(10**400)),
+    "iat negative": token(iat=-1),
     "nbf missing": token(nbf=...),
     "iat missing": token(iat=...),
     "project": token(project="q"),
@@ -214,7 +215,7 @@ def key_set(change: Callable[[dict[str, Any]], None] = lambda _: None, key: Ed25
 
 def test_key_set_by_the_root_is_accepted() -> None:
     root = KEYS.root.public_key()
-    assert claims.verify_key_set(KEYS.key_set, root, ISSUER, NOW).keys.keys() == KEYS.public.keys()
+    assert claims.verify_key_set(KEYS.key_set(NOW), root, ISSUER, NOW).keys.keys() == KEYS.public.keys()
     future = key_set(lambda p: p["keys"].append({"kty": "XYZ", "crv": "new"}))
     assert len(claims.verify_key_set(future, root, ISSUER, 0).keys) == 2
 

@@ -9,6 +9,7 @@ from fakes.identity import URL, Agent, Router, running, some_hours, until
 
 from xim_agent.errors import AgentError
 from xim_agent.outcome import NOT_A_ROUTER, RouterError
+from xim_agent.router import roster
 
 
 async def test_both_refused_without_a_join_key_is_exit_11(agent: Agent, router: Router, autojump_clock: Any) -> None:
@@ -20,7 +21,7 @@ async def test_both_refused_without_a_join_key_is_exit_11(agent: Agent, router: 
     assert (caught.value.code, caught.value.exit_code) == ("credential_revoked", 11)
 
 
-async def test_both_refused_enrolls_again_once_with_the_join_key(
+async def test_both_refused_enrolls_again_with_the_join_key_but_not_twice_in_a_row(
     agent: Agent, router: Router, autojump_clock: Any
 ) -> None:
     first = await agent.start().enroll_once()
@@ -32,14 +33,81 @@ async def test_both_refused_enrolls_again_once_with_the_join_key(
         await service.refused((await service.wait_bearer()).token)
         assert router.enrolls == 2
         assert service.statistics().agent_id == first.agent_id
+        await trio.sleep(60)
         router.db.execute("UPDATE agents SET family_revoked = 1")
-        await some_hours()
+        await service.refused((await service.wait_bearer()).token)
 
     with pytest.raises(AgentError) as caught:
         await running(service, body)
     assert caught.value.exit_code == 11
     assert "already" in caught.value.message
     assert router.enrolls == 2
+
+
+@pytest.mark.parametrize("uses", [1, 5])
+async def test_revoked_again_and_again_it_comes_back_and_spends_one_use(
+    router: Router, autojump_clock: Any, uses: int
+) -> None:
+    """Also in the start in which it enrolled first: a routine of the router's operator strands no host."""
+    agent = Agent(router, router.join_key(uses=uses))
+    service = agent.start()
+
+    async def body() -> None:
+        first = (await service.wait_bearer()).agent_id
+        for done in range(1, 4):
+            await trio.sleep(900)
+            router.db.execute("UPDATE agents SET family_revoked = 1")
+            await until(lambda done=done: service.statistics().enrollments > done)
+            assert router.accepts((await service.wait_bearer()).token)
+            assert service.statistics().agent_id == first
+
+    await running(service, body)
+    assert router.one("SELECT uses_left FROM join_keys") == uses - 1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [("revoked = 1", "the join key was revoked"), ("expires = 1", "the join key has expired")],
+)
+async def test_refused_credential_is_named_before_a_join_key_that_is_of_no_use_either(
+    agent: Agent, router: Router, autojump_clock: Any, change: str, words: str
+) -> None:
+    await agent.start().enroll_once()
+    await agent.start().enroll_once()
+    router.db.execute("UPDATE agents SET family_revoked = 1")
+    router.db.execute(f"UPDATE join_keys SET {change}")
+    with pytest.raises(AgentError) as caught:
+        await running(agent.start(), some_hours)
+    assert (caught.value.code, caught.value.exit_code) == ("credential_revoked", 11)
+    assert caught.value.message.endswith(f"; {words}")
+    assert "create a new join key" in caught.value.hint
+
+
+@pytest.mark.parametrize("uses", [1, 9])
+async def test_removed_agent_does_not_come_back_by_itself(router: Router, autojump_clock: Any, uses: int) -> None:
+    """Though a supervisor starts it again with the same join key, which has uses left; with another one it does."""
+    agent = Agent(router, router.join_key(uses=uses))
+    first = await agent.start().enroll_once()
+    router.db.execute("UPDATE agents SET state = 'removed'")
+    for _ in range(3):
+        with pytest.raises(AgentError) as caught:
+            await running(agent.start(), some_hours)
+        assert (caught.value.code, caught.value.exit_code) == ("agent_removed", 12)
+        assert "create a new join key" in caught.value.hint
+    assert router.one("SELECT count(*) FROM agents") == 1
+    agent.join_key = router.join_key()
+    assert (await agent.start().enroll_once()).agent_id != first.agent_id
+
+
+async def test_agent_that_left_may_join_again_with_what_is_left_of_its_key(
+    router: Router, autojump_clock: Any
+) -> None:
+    agent = Agent(router, router.join_key(uses=2))
+    service = agent.start()
+    first = await service.enroll_once()
+    roster.remove(router.db, first.agent_id, 1.0)  # as `leave` does
+    await service.left()
+    assert (await agent.start().enroll_once()).agent_id != first.agent_id
 
 
 async def test_enrolling_again_survives_an_outage(agent: Agent, router: Router, autojump_clock: Any) -> None:
@@ -70,8 +138,10 @@ async def test_removed_agent_keeps_its_state_aside(agent: Agent, router: Router,
     with pytest.raises(AgentError) as caught:
         await running(agent.start(), some_hours)
     assert caught.value.exit_code == 12
-    assert agent.store.data is None
     assert agent.store.aside["removed"] is not None
+    state = agent.store.load()
+    assert state is not None
+    assert state.enrollment is None
 
 
 @pytest.mark.parametrize(
@@ -164,7 +234,7 @@ async def test_refresh_reply_by_a_stranger_changes_nothing(
     await agent.start().enroll_once()
     agent.join_key = None
     before = agent.store.data
-    router.tamper = lambda reply: {**reply, "keys": stranger.keys.key_set}
+    router.tamper = lambda reply: {**reply, "keys": stranger.keys.key_set(int(agent.clock.now()))}
     service = agent.start()
 
     async def body() -> None:

@@ -1,14 +1,17 @@
 """The router's signing keys rotate: agents follow through the key set that the root key signs, and enroll once only."""
 
+import sqlite3
 from typing import Any
 
 import pytest
 import trio
 import trio.testing
-from fakes.identity import Agent, Router, assignment, running, until
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from fakes.identity import URL, Agent, Router, assignment, running, until
 from msgspec import structs
 
 from xim_agent.errors import AgentError
+from xim_agent.identity import jose
 from xim_agent.identity.claims import TokenRefused
 from xim_agent.outcome import Action, RouterError
 from xim_agent.router import enrollment, keyring
@@ -144,7 +147,7 @@ async def test_set_signed_by_a_stranger_is_refused_at_a_rotation(
     router.rotate()
     # The stranger has taken over the address and knows everything but the root's private key.
     keys = router.keys
-    router.keys = RouterKeys(keys.issuer, stranger.keys.root, keys.signing, keys.set_iat + 1)
+    router.keys = RouterKeys(keys.issuer, stranger.keys.root, keys.signing)
     with pytest.raises(TokenRefused, match="root key"):
         await agent.start().enroll_once()
     assert agent.store.data == before
@@ -165,11 +168,12 @@ async def test_set_does_not_grow_older_when_the_clock_is_set_back(
 async def test_older_set_is_refused(agent: Agent, router: Router, autojump_clock: Any) -> None:
     """One that names a key which was taken out for a reason."""
     await agent.start().enroll_once()
-    stolen = router.keys
+    stolen, before = router.keys, int(router.clock.now())
+    await trio.sleep(2)
     router.rotate(keep=0)
     await agent.start().enroll_once()
     good = agent.store.data
-    router.tamper = lambda reply: {**reply, "keys": stolen.key_set}
+    router.tamper = lambda reply: {**reply, "keys": stolen.key_set(before)}
     with pytest.raises(TokenRefused, match="older"):
         await agent.start().enroll_once()
     assert agent.store.data == good
@@ -212,3 +216,84 @@ async def test_state_of_one_agent_is_of_no_use_to_another(agent: Agent, router: 
     assert caught.value.code == "dpop_invalid"
     agent.join_key = None
     assert (await agent.start().enroll_once()).agent_id == stolen.agent_id
+
+
+class Backup:
+    """The router's database as it is now, to be put back later."""
+
+    def __init__(self, router: Router) -> None:
+        self.router = router
+        self.copy = sqlite3.connect(":memory:")
+        router.db.backup(self.copy)
+
+    def restore(self) -> None:
+        self.copy.backup(self.router.db)
+        self.copy.close()
+        self.router.keys = keyring.open_keys(self.router.db, URL, self.router.clock.now())
+
+
+@pytest.mark.parametrize("refreshes", [0, 1, 2, 40])
+@pytest.mark.parametrize("rotated", [False, True])
+async def test_router_put_back_to_an_older_state_strands_nobody(
+    agent: Agent, router: Router, autojump_clock: Any, refreshes: int, rotated: bool
+) -> None:
+    """Neither by refresh tokens that it does not remember nor by a key set that is older than the agent's."""
+    await agent.start().enroll_once()
+    agent.join_key = None
+    backup = Backup(router)
+    if rotated:
+        router.rotate(keep=0)
+    for _ in range(refreshes):
+        await trio.sleep(1800)
+        await agent.start().enroll_once()
+    backup.restore()
+    await trio.sleep(2)
+    for _ in range(3):
+        await agent.start().enroll_once()
+    state = agent.store.load()
+    assert state is not None
+    assert state.enrollment is not None
+    assert router.accepts(state.enrollment.token)
+    assert router.enrolls == 1
+
+
+async def test_token_of_the_future_needs_the_key_of_its_agent(
+    agent: Agent, router: Router, autojump_clock: Any
+) -> None:
+    await agent.start().enroll_once()
+    agent.join_key = None
+    backup = Backup(router)
+    for _ in range(3):
+        await agent.start().enroll_once()
+    backup.restore()
+    thief = Agent(router)
+    state = agent.store.load()
+    assert state is not None
+    await thief.store.save(structs.replace(state, key=jose.private_text(Ed25519PrivateKey.generate())))
+    with pytest.raises(AgentError) as caught:
+        await thief.start().enroll_once()
+    assert caught.value.exit_code == 11
+    await agent.start().enroll_once()
+
+
+async def test_life_without_end_is_renewed_once_a_day(agent: Agent, router: Router, autojump_clock: Any) -> None:
+    enrolled = await agent.start().enroll_once()
+    found = enrolled.claims(agent.clock.now())
+    assert found is not None
+    words = {name: getattr(found, name) for name in ("agent_id", "worker_id", "project", "region", "jkt")}
+
+    def forever(reply: dict[str, Any]) -> dict[str, Any]:
+        now = router.clock.now()
+        token = router.keys.mint_token(**words, tiers=[], nonce=None, jti="1.x", now=now, life=10**10)
+        return {**reply, "token": token}
+
+    router.tamper = forever
+    service = agent.start()
+
+    async def body() -> None:
+        await until(lambda: service.statistics().refreshes == 1)
+        began = trio.current_time()
+        await until(lambda: service.statistics().refreshes > 1, every=60)
+        assert trio.current_time() - began == pytest.approx(43200, abs=61)
+
+    await running(service, body)

@@ -15,7 +15,7 @@ URLS = ["https://router.example", "http://127.0.0.1:8080"]
 PATH = "/v1/enroll"
 KEY = Ed25519PrivateKey.generate()
 SIGNING = [Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()]
-KEYS = RouterKeys(URLS[0], Ed25519PrivateKey.generate(), SIGNING, NOW)
+KEYS = RouterKeys(URLS[0], Ed25519PrivateKey.generate(), SIGNING)
 
 
 def proof(**changes: Any) -> str:
@@ -119,7 +119,7 @@ def token(**changes: Any) -> str:
 def test_bearer() -> None:
     accepted = verify_bearer(token(), KEYS, URLS[0], NOW)
     assert (accepted.agent_id, accepted.worker_id, accepted.exp) == ("a", "w", NOW + 3600)
-    older = RouterKeys(URLS[0], KEYS.root, SIGNING[1:], NOW).mint_token(
+    older = RouterKeys(URLS[0], KEYS.root, SIGNING[1:]).mint_token(
         agent_id="a", worker_id="w", project="p", region="eu", tiers=[], jkt="k", nonce=None, jti="1", now=NOW
     )
     assert verify_bearer(older, KEYS, URLS[0], NOW).agent_id == "a"
@@ -133,7 +133,7 @@ def test_bearer() -> None:
         (token()[:-4] + "AAAA", NOW, "token_invalid"),
         (KEYS.sign_assignment({"sub": "a"}), NOW, "token_invalid"),
         (None, NOW, "token_invalid"),
-        (RouterKeys(URLS[0], KEYS.root, [KEY], NOW).sign_assignment({}), NOW, "token_invalid"),
+        (RouterKeys(URLS[0], KEYS.root, [KEY]).sign_assignment({}), NOW, "token_invalid"),
     ],
 )
 def test_bearer_is_refused(text: str | None, now: float, code: str) -> None:
@@ -148,7 +148,7 @@ def test_bearer_of_another_issuer_is_refused() -> None:
 
 
 def test_agent_accepts_what_the_router_signs() -> None:
-    keys = claims.verify_key_set(KEYS.key_set, KEYS.root.public_key(), URLS[0], NOW)
+    keys = claims.verify_key_set(KEYS.key_set(NOW), KEYS.root.public_key(), URLS[0], NOW)
     assert claims.verify_token(token(nonce="n"), keys=keys.keys, issuer=URLS[0], now=NOW, nonce="n").jkt == "k"
     assert KEYS.root_jwk().keys() == {"kty", "crv", "x"}
     assert KEYS.pin() == jose.thumbprint(KEYS.root.public_key())

@@ -7,7 +7,7 @@ from typing import Any
 
 from xim_agent import log
 from xim_agent.config import sources
-from xim_agent.config.fields import OPTIONS, Config
+from xim_agent.config.fields import OPTIONS, PREFIX, Config
 from xim_agent.config.mask import secret_words
 
 IDENTITY = frozenset(
@@ -36,13 +36,23 @@ def configured(flags: Mapping[str, Any], defaults: Mapping[str, str] | None = No
     log.setup()
     config = sources.load(flags, os.environ, defaults)
     proxies = {name: value for name, value in os.environ.items() if name.lower().endswith("_proxy")}
-    words = secret_words(config.vllm_args, config.vllm_env, proxies.values())
+    words = secret_words(config.vllm_args, [*config.vllm_env, *_others(os.environ)], proxies.values())
     payload = (config.join_key or "").partition("_")[2].partition("_")[2]  # the secret part also without its head
     log.hide(config.join_key, payload, config.vllm_salt_secret, *words)
     secret = [option for option in OPTIONS if option.meta["secret"] or option.meta["repeat"]]
     keep_private([*proxies, *(option.env for option in secret)], [option.flag for option in secret])
     log.setup(config.log_level, config.log_format)
     return config
+
+
+def _others(environ: Mapping[str, str]) -> list[str]:
+    """KEY=VALUE of what is not ours and no name of a file: vLLM inherits it, and may print it."""
+    ending = ("_FILE", "_PATH", "_DIR", "_DIRECTORY", "_SOCK")
+    return [
+        f"{name}={value}"
+        for name, value in environ.items()
+        if not name.startswith(PREFIX) and not name.endswith(ending) and not os.access(value, os.F_OK)
+    ]
 
 
 @asynccontextmanager

@@ -18,7 +18,7 @@ async def _leave(config: Any) -> None:
             )
         await service.enroll_once()
         await router.leave()
-        kept = await service.set_aside("left")
+        kept = await service.left()
         click.echo(f"left the router; the old credential is kept as {kept}", err=True)
 
 

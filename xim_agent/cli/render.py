@@ -42,7 +42,7 @@ def code_of(error: BaseException) -> int:
         click.echo(f"error: unexpected {names}; this is a bug, please report it with the traceback above", err=True)
         return Exit.BUG
     named = [e for e in found if isinstance(e, AgentError)]
-    for leaf in dict.fromkeys(named):
+    for leaf in {(e.code, e.message): e for e in named}.values():  # two services may meet the same wall
         show(leaf)
     return max((e.exit_code for e in named), key=lambda code: code != Exit.BUG)
 

@@ -64,10 +64,21 @@ def _words(option: Option, raw: Raw) -> tuple[str, ...]:
     return words
 
 
+def _is_text(word: str) -> bool:
+    """Bytes of the environment that are no UTF-8 come as surrogates; only paths may have them."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _value(option: Option, raw: Raw) -> Any:
     if option.kind is tuple:
         return _words(option, raw)
     word = raw.value if isinstance(raw.value, str) else raw.value[-1]
+    if option.kind is str and not _is_text(word):
+        raise _bad(option, Raw(word.encode(errors="replace").decode(), raw.origin), "is not UTF-8 text")
     if option.kind is bool:
         if word.lower() not in _TRUE | _FALSE:
             raise _bad(option, raw, "is neither true nor false (1, true, yes, on; 0, false, no, off)")

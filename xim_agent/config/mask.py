@@ -6,7 +6,8 @@ from contextlib import suppress
 from urllib.parse import unquote, urlsplit
 
 HIDDEN = "***"
-_NAME = r"key|secret|passw|credential|token(?!s\b|iz)"  # max-num-batched-tokens and tokenizer are none
+# None are --passive, --max-num-batched-tokens and --tokenizer.
+_NAME = r"key|secret|pass(?:phrase|(?![a-vx-z]))|credential|token(?!s\b|iz)"
 _SECRET = re.compile(_NAME, re.IGNORECASE)
 _MEMBER = re.compile(  # of a value that is JSON
     rf'("[^"]*(?:{_NAME})[^"]*"\s*:\s*)("(?:[^"\\]|\\.)*"|[^",{{\[\]}}\s]+)', re.IGNORECASE
@@ -30,7 +31,7 @@ def masked_arguments(words: Iterable[str]) -> tuple[str, ...]:
 
 def secret_words(arguments: Iterable[str], pairs: Iterable[str], urls: Iterable[str]) -> set[str]:
     """What must never be seen of these: values that `masked_arguments` hides, values of KEY=VALUE pairs whose key
-    speaks of a secret, passwords in URLs (of proxies).
+    speaks of a secret, who a URL (of a proxy, say) logs in as.
     """
     arguments = list(arguments)
     found = {part for word in arguments for _, part in _MEMBER.findall(word)}
@@ -42,8 +43,9 @@ def secret_words(arguments: Iterable[str], pairs: Iterable[str], urls: Iterable[
     found |= {value for key, _, value in (pair.partition("=") for pair in pairs) if _SECRET.search(key)}
     for url in urls:
         with suppress(ValueError):
-            password = urlsplit(url if "//" in url else f"//{url}").password or ""
-            found |= {password, unquote(password)}
+            parts = urlsplit(url if "//" in url else f"//{url}")
+            who = parts.password or parts.username or ""  # a token may come without a password
+            found |= {who, unquote(who)}
     return {word.strip('"') for word in found} - {""}
 
 

@@ -17,6 +17,7 @@ TYP_XEM = "xem+jwt"
 TYP_KEY_SET = "xim-jwks+jws"
 TYP_ASSIGNMENT = "xim-assignment+jws"
 AUDIENCE = "xim"
+_LAST = 10**11  # Unix seconds, in the year 5138: of larger ones no clock can make a date
 LEEWAY = 60  # seconds, wire-protocol §3.2
 MAX_TOKEN = 8 * 1024
 MAX_KEY_SET = 64 * 1024
@@ -229,4 +230,6 @@ def _int(payload: Mapping[str, Any], name: str) -> int:
     value = payload.get(name)
     if type(value) is not int:
         raise JoseError(f"`{name}` is missing or not an integer")
+    if not 0 <= value < _LAST:
+        raise JoseError(f"`{name}` is out of range")
     return value

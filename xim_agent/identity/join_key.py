@@ -19,10 +19,10 @@ def router_url(text: object) -> str:
     if not isinstance(text, str) or not text.isascii() or not text.isprintable() or " " in text:
         raise ValueError("a router URL is not plain text")
     url = urlsplit(text)
+    if url.username is not None or "@" in text or url.query or url.fragment:
+        raise ValueError("a router URL has no user, query or fragment")
     if url.scheme not in ("https", "http") or not url.hostname:
         raise ValueError(f"{text[:200]!r} is not an http(s) URL")
-    if url.username is not None or url.query or url.fragment:
-        raise ValueError("a router URL has no user, query or fragment")
     if url.port == 0:
         raise ValueError(f"{text[:200]!r} has no port to connect to")
     return text.rstrip("/")

@@ -18,7 +18,7 @@ class Store(Protocol):
 
     async def save(self, state: State) -> None: ...
 
-    async def set_aside(self, suffix: str) -> Path: ...
+    async def set_aside(self, suffix: str, instead: State | None) -> Path: ...
 
 
 class Memory:
@@ -57,10 +57,13 @@ class Memory:
             await self._save(structs.replace(self._state, enrollment=fresh))
         return fresh.assignment is not None and self.remembered() is None
 
-    async def set_aside(self, suffix: str) -> Path:
+    async def set_aside(self, suffix: str, *, keep_key: bool) -> Path:
+        """Ends the enrollment. With its key an agent is still known to the router, that removed it for example."""
         async with self._saving:
-            self._state, self._loaded = None, True
-            return await self._store.set_aside(suffix)
+            instead = State(self._state.key) if keep_key and self._state is not None else None
+            kept = await self._store.set_aside(suffix, instead)
+            self._state, self._loaded = instead, True
+            return kept
 
     def verified(self, jws: str) -> Assignment:
         """Raises TokenRefused, UnknownKid."""

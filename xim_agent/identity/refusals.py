@@ -1,5 +1,7 @@
 """What a person reads when an identity was refused: one message and one next step per cause (wire-protocol §2)."""
 
+from pathlib import Path
+
 from xim_agent import PROTOCOL
 from xim_agent.errors import AgentError, Exit
 from xim_agent.identity.claims import TokenRefused
@@ -46,9 +48,16 @@ def explain(error: RouterError) -> AgentError:
         return AgentError(error.code, message, hint=_SET_CLOCK, exit_code=Exit.NO_ROUTER)
     if error.action is Action.FINAL:
         return AgentError(error.code, error.message, hint=error.hint or NOT_A_ROUTER, exit_code=Exit.CONFIG)
-    if error.action in TRANSIENT:
-        return AgentError(error.code, error.message, hint=error.hint, exit_code=Exit.NO_ROUTER)
-    return error
+    code = Exit.NO_ROUTER if error.action in TRANSIENT else error.exit_code
+    return AgentError(error.code, error.message, hint=error.hint or _next_step(error), exit_code=code)
+
+
+def _next_step(error: RouterError) -> str:
+    if error.status is None or error.status in (401, 403, 409, 410):
+        return "see the router's log; " + NOT_A_ROUTER
+    if 300 <= error.status < 400:
+        return "set XEROTIER_AGENT_ROUTER_URL to the router's own address"
+    return "see the router's log, and that of a proxy in front of it"
 
 
 def _said(error: RouterError, name: str) -> str:
@@ -76,16 +85,16 @@ def wrong_times(error: TokenRefused, skew: float | None) -> TokenRefused:
     return TokenRefused(error.code, error.what, f"{error.reason}; {clock_text(skew)}", clock=True, hint=hint)
 
 
-def credential_refused(error: RouterError, join_key_used: bool) -> AgentError:
-    """The newest and the previous refresh token were refused and no join key is left to try."""
+def credential_refused(error: RouterError, also: str) -> AgentError:
+    """The newest and the previous refresh token were refused. `also`: what is wrong with the join key, if that is."""
     reasons = {
         "credential_reused": "an old refresh token of this agent was presented, by a copy of its state or a thief,"
         " so the router revoked them all",
-        "credential_revoked": "the router does not know this agent's credential, or revoked it",
+        "credential_revoked": "the router does not know this agent's credential: it was revoked, or the router was put"
+        " back to an older state",
     }
-    also = "; the join key was used in this start already" if join_key_used else ""
     hint = f"if the state directory was copied, remove the copy; {_NEW_KEY}"
-    message = reasons.get(error.code, error.message) + also
+    message = reasons.get(error.code, error.message) + (f"; {also}" if also else "")
     return AgentError(error.code, message, hint=hint, exit_code=Exit.CREDENTIAL_REVOKED)
 
 
@@ -98,7 +107,10 @@ def no_credential() -> AgentError:
     )
 
 
-def removed(agent_id: str, kept: str) -> AgentError:
-    """410: the operator removed this agent; its state was renamed to `kept`."""
-    message = f"the agent {agent_id} was removed from the router; its state is kept as {kept}"
+def removed(agent_id: str | None, kept: Path | None) -> AgentError:
+    """410: the operator removed this agent; its state is kept as `kept`. None: that was before an earlier start."""
+    if agent_id is None:
+        message = "the agent that this join key enrolled here was removed from the router"
+    else:
+        message = f"the agent {agent_id} was removed from the router; its state is kept as {kept}"
     return AgentError("agent_removed", message, hint=f"to bring it back: {_NEW_KEY}", exit_code=Exit.REMOVED)

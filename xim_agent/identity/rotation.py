@@ -12,7 +12,8 @@ from msgspec import Struct, structs
 
 from xim_agent.identity import claims, jose
 from xim_agent.identity.claims import Claims, KeySet, TokenRefused
-from xim_agent.identity.join_key import JoinKey
+from xim_agent.identity.join_key import JoinKey, router_url
+from xim_agent.identity.jose import JoseError
 
 FORMAT = 1
 
@@ -44,6 +45,21 @@ class Enrollment(Struct, frozen=True, kw_only=True, repr_omit_defaults=True):
         """Raises TokenRefused or JoseError when the state is damaged."""
         return claims.verify_key_set(self.keys, jose.public_key(self.root), self.issuer, self.keys_iat)
 
+    def check(self, jkt: str) -> None:
+        """`jkt`: thumbprint of the agent's key. Raises TokenRefused or JoseError."""
+        keys = self.key_set().keys
+        try:
+            claims.verify_token(self.token, keys=keys, issuer=self.issuer, now=0, subject=self.agent_id, jkt=jkt)
+        except TokenRefused as error:
+            if not error.clock:
+                raise
+        try:
+            routers = [router_url(url) for url in self.routers]
+        except ValueError as error:
+            raise JoseError(str(error)) from None
+        if not routers:
+            raise JoseError("it names no router")
+
     def claims(self, now: float) -> Claims | None:
         """Of the stored token, if it is still good at `now` (Unix seconds)."""
         keys = self.key_set().keys
@@ -68,10 +84,10 @@ class State(Struct, frozen=True):
         return f"State(enrollment={self.enrollment!r})"
 
     def check(self) -> None:
-        """Raises TokenRefused or JoseError when the parts do not belong together."""
-        jose.private_key(self.key)
+        """Raises TokenRefused or JoseError when the parts do not belong together. Times are no matter."""
+        jkt = jose.thumbprint(jose.private_key(self.key).public_key())
         if self.enrollment is not None:
-            self.enrollment.key_set()
+            self.enrollment.check(jkt)
 
 
 def enrolled(

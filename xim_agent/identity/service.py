@@ -7,7 +7,6 @@ refresh in flight, and cancelling a poll cuts none.
 import logging
 import random
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,8 +16,8 @@ from xim_agent.clock import Clock
 from xim_agent.errors import AgentError
 from xim_agent.health import Health
 from xim_agent.identity import refusals
-from xim_agent.identity.bearer import Bearer, IdentityStatistics
-from xim_agent.identity.claims import Claims, TokenRefused
+from xim_agent.identity.bearer import Bearer, IdentityStatistics, Tokens
+from xim_agent.identity.claims import TokenRefused
 from xim_agent.identity.exchange import EnrollTransport, Exchange
 from xim_agent.identity.join_key import JoinKey
 from xim_agent.identity.memory import Memory, Store
@@ -29,6 +28,10 @@ from xim_agent.outcome import Action, RouterError
 from xim_agent.watch import Watch
 
 FORCED_INTERVAL = 10.0  # seconds between two refreshes that others asked for, wire-protocol §2
+# So long after an enrollment the join key is not presented again. Later it may be, in the same start, too: with the
+# agent's key it spends no further use, and an operator who revoked a credential wants no stranded host.
+AGAIN_SECONDS = 600.0
+LONGEST_LIFE = 86400.0  # seconds: however long a token lives, its successor is fetched once a day at least
 
 log = logging.getLogger("xim_agent.identity")
 
@@ -64,11 +67,8 @@ class IdentityService:
         self._max_concurrent = max_concurrent
         self._rand = rand
         self._refusal: RouterError | None = None  # the stored credential is refused; only the join key can help
-        self._join_key_used = False
-        self._bearer: Bearer | None = None
-        self._claims: Claims | None = None
-        self._expires = 0.0  # trio time: the machine's wall clock may be off or step
-        self._tokens = Watch()
+        self._enrolled_at = float("-inf")
+        self._tokens = Tokens()
         self._tries = Watch()
         self._demand = trio.Event()
         # Called when the assignment that is remembered is not signed by a key of the router's newest set any more.
@@ -88,38 +88,46 @@ class IdentityService:
 
     async def wait_bearer(self) -> Bearer:
         """Waits until there is a token that has not expired."""
-        while self._bearer is None or trio.current_time() >= self._expires:
-            await self._tokens.wait_beyond(self._tokens.version)
-        return self._bearer
+        return await self._tokens.wait()
 
     async def refused(self, token: str) -> None:
         """After a 401 for `token`: returns when a refresh was tried, at once when none is due or a newer one is there.
 
         Many callers share one refresh. Cancellation leaves the refresh running.
         """
-        if self._bearer is not None and self._bearer.token == token:
+        if self._tokens.current is not None and self._tokens.current.token == token:
             await self._force()
         else:
             await trio.lowlevel.checkpoint()
 
     def unreachable(self) -> None:
         """Work calls get no answer: from now on the bearer names the next router, if there are several."""
-        routers = self._override or (self._memory.enrollment.routers if self._memory.enrollment else ())
-        if (now := self._bearer) is not None and now.router in routers:
-            self._bearer = replace(now, router=routers[(routers.index(now.router) + 1) % len(routers)])
+        self._tokens.next_router(self._override or (self._memory.enrollment.routers if self._memory.enrollment else ()))
 
-    async def set_aside(self, suffix: str) -> Path:
-        """Keeps the state under another name: after `leave`, or when the router says 410 `agent_removed`."""
-        self._bearer = None
-        return await self._memory.set_aside(suffix)
+    async def left(self) -> Path:
+        """After `leave`: keeps the state under another name, which is returned. The next start makes a new agent."""
+        self._tokens.drop()
+        return await self._memory.set_aside("left", keep_key=False)
+
+    async def removed(self) -> AgentError:
+        """After a 410 `agent_removed`: what to end the process with. The state is kept under another name.
+
+        The key stays in use, so that the router knows this agent if the same join key is presented again: it is not
+        for the agent to come back by itself.
+        """
+        self._tokens.drop()
+        old = self._memory.enrollment
+        if old is None:
+            return refusals.removed(None, None)
+        return refusals.removed(old.agent_id, await self._memory.set_aside("removed", keep_key=True))
 
     def statistics(self) -> IdentityStatistics:
         enrollment = self._memory.enrollment
         return IdentityStatistics(
             **{name: getattr(enrollment, name, "") for name in ("agent_id", "worker_id", "project", "region")},
-            router=self._bearer.router if self._bearer else "",
+            router=self._tokens.current.router if self._tokens.current else "",
             enrolled=enrollment is not None,
-            token_expires=self._claims.exp if self._claims else None,
+            token_expires=claims.exp if (claims := self._tokens.claims) else None,
             last_refresh=self._last_refresh,
             enrollments=self._enrollments,
             refreshes=self._refreshes,
@@ -170,7 +178,8 @@ class IdentityService:
         except AgentError as error:
             log.warning(f"join key ignored, this agent is enrolled: {error.message}", extra={"code": error.code})
         if (found := old.claims(self._clock.now())) is not None:
-            self._publish(old, found, (self._override or old.routers)[0], found.exp - self._clock.now())
+            left = found.exp - self._clock.now()
+            self._tokens.publish(old.token, found, (self._override or old.routers)[0], left)
 
     async def _attempt(self) -> float:
         """Seconds until the next attempt: half of the token's life ± 10 % after a success, else the backoff's."""
@@ -180,9 +189,10 @@ class IdentityService:
         except AgentError as error:
             return await self._failed(error)
         else:
-            assert self._claims is not None
+            claims = self._tokens.claims
+            assert claims is not None
             self._trouble.over()
-            return (self._claims.exp - self._claims.iat) * (0.45 + 0.1 * self._rand())
+            return min(claims.exp - claims.iat, LONGEST_LIFE) * (0.45 + 0.1 * self._rand())
         finally:
             self._busy = False
             self._demand = trio.Event()
@@ -203,8 +213,8 @@ class IdentityService:
         return self._trouble.note(error, what, self._transport.skew, self._rand())
 
     async def _fatal(self, error: RouterError) -> NoReturn:
-        if error.action is Action.REMOVED and (old := self._memory.enrollment) is not None:
-            raise refusals.removed(old.agent_id, str(await self.set_aside("removed"))) from error
+        if error.action is Action.REMOVED:
+            raise await self.removed() from error
         raise refusals.explain(error) from error
 
     async def _renew(self) -> None:
@@ -232,24 +242,30 @@ class IdentityService:
             if await self._memory.keep(fresh):
                 self.outdated()
             self._refreshes, self._last_refresh = self._refreshes + 1, self._clock.now()
-            self._publish(fresh, found, router, found.exp - found.iat)
+            self._tokens.publish(fresh.token, found, router, found.exp - found.iat)
             extra = {"router": router, "life_seconds": found.exp - found.iat, "seconds": _since(began)}
             log.debug("token refreshed", extra=extra)
             return None
         return refusal
 
     async def _enroll(self) -> None:
-        used = self._refusal is not None and self._join_key_used
-        if (join_key := None if used else self._join_key()) is None:
-            raise refusals.credential_refused(self._refusal, used) if self._refusal else refusals.no_credential()
         began = trio.current_time()
+        used = self._refusal is not None and began < self._enrolled_at + AGAIN_SECONDS
+        if (join_key := None if used else self._join_key()) is None:
+            also = "with the join key it enrolled a moment ago already" if used else ""
+            raise refusals.credential_refused(self._refusal, also) if self._refusal else refusals.no_credential()
         about = {"agent": self._agent_info, "hardware": self._hardware(), "max_concurrent": self._max_concurrent}
         exchange = Exchange(self._transport, self._clock, await self._memory.key())
-        fresh, found, router = await exchange.enroll(join_key, self._override or join_key.routers, about)
+        try:
+            fresh, found, router = await exchange.enroll(join_key, self._override or join_key.routers, about)
+        except RouterError as error:
+            if self._refusal is not None and error.action is Action.JOIN_KEY:
+                raise refusals.credential_refused(self._refusal, refusals.explain(error).message) from error
+            raise
         await self._memory.keep(fresh)
-        self._refusal, self._join_key_used = None, True
+        self._refusal, self._enrolled_at = None, trio.current_time()
         self._enrollments += 1
-        self._publish(fresh, found, router, found.exp - found.iat)
+        self._tokens.publish(fresh.token, found, router, found.exp - found.iat)
         extra = {"agent_id": fresh.agent_id, "router": router, "project": fresh.project, "region": fresh.region}
         log.info(f"enrollment successful: {fresh.agent_id}", extra=extra | {"seconds": _since(began)})
 
@@ -275,12 +291,6 @@ class IdentityService:
             self._forced_at = trio.current_time()
             self._demand.set()
         await self._tries.wait_beyond(seen)
-
-    def _publish(self, enrollment: Enrollment, found: Claims, router: str, seconds: float) -> None:
-        self._bearer = Bearer(router, enrollment.token, enrollment.agent_id)
-        self._claims = found
-        self._expires = trio.current_time() + seconds
-        self._tokens.bump()
 
 
 def _since(began: float) -> float:

@@ -60,7 +60,7 @@ class StateStore:
                 exit_code=Exit.ALREADY_RUNNING,
             ) from None
         except OSError as error:
-            raise _unreadable(directory, error) from None
+            raise _unusable("state_unreadable", f"cannot use {directory}", directory, error) from None
 
     def close(self) -> None:
         if self.lock >= 0:
@@ -76,18 +76,28 @@ class StateStore:
     def load(self) -> State | None:
         """None when there is no state yet. Raises AgentError, exit 77, with the cure as hint; changes nothing."""
         try:
-            fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            # Not waiting for the other end of a pipe, should it be one.
+            fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise _unreadable(self.path, error) from None
-        with open(fd, "rb") as file:
-            _check(self.path, os.fstat(fd), "600")
-            try:
-                data = file.read(MAX_BYTES + 1)
-            except OSError as error:
-                raise _unreadable(self.path, error) from None
-        return self._decode(data)
+            raise self._unreadable(error) from None
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise IsADirectoryError(errno.EISDIR, "it is no regular file", str(self.path))
+            _check(self.path, status, "600")
+            return self._decode(os.read(fd, MAX_BYTES))
+        except OSError as error:
+            raise self._unreadable(error) from None
+        finally:
+            os.close(fd)
+
+    def _unreadable(self, error: OSError) -> AgentError:
+        return _unusable("state_unreadable", f"cannot use {self.path}", self.directory, error)
+
+    def _unwritable(self, path: Path, error: OSError) -> AgentError:
+        return _unusable("state_write_failed", f"cannot write {path}", self.directory, error)
 
     def _decode(self, data: bytes) -> State:
         path = shlex.quote(str(self.path))
@@ -113,7 +123,7 @@ class StateStore:
         Cancellation waits for the write: afterwards the file holds either the old state or the new one.
         """
         hide(state.key)
-        await trio.to_thread.run_sync(self._save, msgspec.json.format(msgspec.json.encode(state)))
+        await trio.to_thread.run_sync(self._save, _encoded(state))
 
     def _save(self, data: bytes) -> None:
         temporary = self.directory / f"{FILE}.new"
@@ -129,21 +139,29 @@ class StateStore:
         except OSError as error:
             with suppress(OSError):  # what is half written must not fill the disk further
                 temporary.unlink()
-            raise _unwritable(self.path, error) from None
+            raise self._unwritable(self.path, error) from None
 
-    async def set_aside(self, suffix: str) -> Path:
-        """Renames the state, for a credential that is of no use any more, and returns its new path."""
-        return await trio.to_thread.run_sync(self._set_aside, suffix)
+    async def set_aside(self, suffix: str, instead: State | None) -> Path:
+        """Keeps the state, which is of no use any more, under a name of its own, and returns its path.
 
-    def _set_aside(self, suffix: str) -> Path:
-        target = self.directory / f"{FILE}.{suffix}"
+        `instead` takes its place; None: nothing does. A crash leaves the old state, beside its copy or not.
+        """
+        return await trio.to_thread.run_sync(self._set_aside, suffix, instead)
+
+    def _set_aside(self, suffix: str, instead: State | None) -> Path:
+        names = (f"{FILE}.{suffix}", *(f"{FILE}.{suffix}.{n}" for n in range(2, 1000)))
+        target = self.directory / next(name for name in names if not (self.directory / name).exists())
         try:
-            self.path.replace(target)
+            target.hardlink_to(self.path)
+            if instead is None:
+                self.path.unlink()
             self._sync_directory()
         except FileNotFoundError:
-            pass
+            return target
         except OSError as error:
-            raise _unreadable(self.path, error) from None
+            raise self._unwritable(target, error) from None
+        if instead is not None:
+            self._save(_encoded(instead))
         return target
 
     def _sync_directory(self) -> None:
@@ -152,6 +170,10 @@ class StateStore:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def _encoded(state: State) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(state))
 
 
 def _check(path: Path, status: os.stat_result, mode: str) -> None:
@@ -166,23 +188,19 @@ def _check(path: Path, status: os.stat_result, mode: str) -> None:
         raise AgentError("state_mode", message, hint=f"`chmod {mode} {quoted}`", exit_code=Exit.STATE)
 
 
-def _unreadable(path: Path, error: OSError) -> AgentError:
-    message = f"cannot use {path}: {error.strerror}"
-    return AgentError("state_unreadable", message, hint=_cure(path, error), exit_code=Exit.STATE)
+def _unusable(code: str, what: str, directory: Path, error: OSError) -> AgentError:
+    """`directory`: of the state; the error may name a file in it."""
+    return AgentError(code, f"{what}: {error.strerror}", hint=_cure(directory, error), exit_code=Exit.STATE)
 
 
-def _unwritable(path: Path, error: OSError) -> AgentError:
-    message = f"cannot write {path}: {error.strerror}"
-    return AgentError("state_write_failed", message, hint=_cure(path.parent, error), exit_code=Exit.STATE)
-
-
-def _cure(path: Path, error: OSError) -> str:
+def _cure(directory: Path, error: OSError) -> str:
     """The command that helps, as far as one can know it from here."""
-    known = next(p for p in (path, *path.absolute().parents) if _is_there(p))
+    known = next(p for p in (directory, *directory.absolute().parents) if _is_there(p))
     mount = next(p for p in (known, *known.absolute().parents) if p.is_mount() or p == p.parent)
-    quoted, there, uid = shlex.quote(str(path)), shlex.quote(str(known)), os.geteuid()
-    if known == path:
-        owner = f"`chown -R {uid} {quoted} && chmod u+rwX {quoted}`"
+    quoted, there, uid = shlex.quote(str(directory)), shlex.quote(str(known)), os.geteuid()
+    file = Path(error.filename) if isinstance(error.filename, str) else directory
+    if known == directory:
+        owner = f"`chown -R {uid} {quoted} && chmod -R u+rwX {quoted}`"
     else:  # never chown what is above
         owner = f"`install -d -m 700 -o {uid} {quoted}`; which directory is closed to uid {uid}: `namei -l {quoted}`"
     return {
@@ -191,11 +209,17 @@ def _cure(path: Path, error: OSError) -> str:
         errno.EROFS: f"`mount -o remount,rw {shlex.quote(str(mount))}`, or set XEROTIER_AGENT_CONFIG_PATH elsewhere",
         errno.ENOSPC: f"free space on the file system of {mount}: `df -h {there}`, `du -xh {shlex.quote(str(mount))}`",
         errno.EDQUOT: f"free some of the quota of uid {uid}: `quota`, `du -xh {there}`",
-        errno.ELOOP: f"it is a symbolic link, which is not followed: `mv $(readlink -f {quoted}) {quoted}`",
-        errno.EISDIR: f"it is a directory: `mv {quoted} {quoted}.aside`",
+        errno.ELOOP: f"{file} is a symbolic link, which is not followed: `{_without_link(file)}`",
+        errno.EISDIR: f"{file} is no regular file: `mv {shlex.quote(str(file))} {shlex.quote(f'{file}.aside')}`",
         errno.ENOTDIR: f"{known} is no directory: `mv {there} {there}.aside`",
         errno.EEXIST: f"{known} is no directory: `mv {there} {there}.aside`",
     }.get(error.errno or 0, f"see `ls -ld {there}`; the file system may be damaged: `dmesg | tail`")
+
+
+def _without_link(file: Path) -> str:
+    """The state itself is worth keeping; a lock or what was half written is not."""
+    quoted = shlex.quote(str(file))
+    return f"cp --remove-destination $(readlink -f {quoted}) {quoted}" if file.name == FILE else f"rm {quoted}"
 
 
 def _is_there(path: Path) -> bool:

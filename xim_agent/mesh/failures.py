@@ -1,5 +1,6 @@
 """What went wrong with a call, as a `RouterError` whose message names the cause and where it was looked for."""
 
+import os
 import socket
 import ssl
 from collections.abc import Iterator, Mapping
@@ -11,11 +12,13 @@ from urllib.request import getproxies, proxy_bypass
 import httpx
 import msgspec
 
+from xim_agent.errors import AgentError, Exit
 from xim_agent.outcome import CODES, NOT_A_ROUTER, Action, RouterError, classify
 from xim_agent.text import printable
 
 PROTOCOL = 1
 CONNECT_SECONDS = 10.0
+_PROXY = "check HTTPS_PROXY and NO_PROXY"
 
 
 def date_of(headers: Mapping[str, str]) -> float | None:
@@ -108,6 +111,17 @@ def proxy_for(url: httpx.URL) -> str | None:
     return f"{parsed.host}:{parsed.port}" if parsed.port else parsed.host
 
 
+def unusable_proxy() -> AgentError:
+    """Of the proxy settings in this environment at least one is of no use to us."""
+    names = sorted(name for name in os.environ if name.lower().endswith("_proxy"))
+    return AgentError(
+        "proxy_invalid",
+        f"the proxy settings of this environment cannot be used: one of {', '.join(names)}",
+        hint="only http:// and https:// proxies are supported; NO_PROXY is a list of host names",
+        exit_code=Exit.CONFIG,
+    )
+
+
 def is_loopback(host: str) -> bool:
     return host in ("localhost", "::1") or (host.startswith("127.") and host.replace(".", "").isdecimal())
 
@@ -138,7 +152,7 @@ def from_transport(what: str, url: httpx.URL, error: httpx.TransportError) -> Ro
     else:
         code, text = "connection_lost", f"the connection to {place} was lost: {str(error) or type(error).__name__}"
     via = f" (through proxy {proxy})" if proxy and code != "proxy_failed" else ""
-    hint = {
+    hint = _PROXY if proxy and code in ("connection_refused", "connect_timeout", "connect_failed", "dns_failed") else {
         "tls_failed": "set SSL_CERT_FILE to the CA of the router, or check for a proxy that opens TLS",
         "connect_timeout": "a firewall may drop it: check that this host may reach that address",
         "connection_refused": "check address and port, and that the router runs",
@@ -146,6 +160,6 @@ def from_transport(what: str, url: httpx.URL, error: httpx.TransportError) -> Ro
         "silence": "see the router's log; something in between may hold the reply back",
         "connection_lost": "see the router's log",
         "dns_failed": "check the router's address and the resolver of this host",
-        "proxy_failed": "check HTTPS_PROXY and NO_PROXY",
+        "proxy_failed": _PROXY,
     }.get(code, "")
     return RouterError(code, f"{text}{via} ({what})", hint=hint)

@@ -25,7 +25,7 @@ class _Naming(ssl.SSLObject):
         try:
             super().do_handshake()
         except ssl.SSLCertVerificationError as error:
-            with contextlib.suppress(ValueError):  # a certificate that cannot be read has no names
+            with contextlib.suppress(ValueError, x509.InvalidVersion):  # a certificate that cannot be read has no names
                 error.add_note(_names(self))
             raise
 

@@ -56,7 +56,11 @@ class Transport:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=8, keepalive_expiry=KEEPALIVE_SECONDS)
         # A system proxy is for other hosts; loopback never needs one.
         direct = {f"all://{host}": None for host in ("localhost", "127.0.0.1", "[::1]")}
-        self._http = httpx.AsyncClient(verify=False if insecure else verified(), limits=limits, mounts=direct)
+        context = False if insecure else verified()
+        try:
+            self._http = httpx.AsyncClient(verify=context, limits=limits, mounts=direct)
+        except (ImportError, ValueError, httpx.InvalidURL):
+            raise failures.unusable_proxy() from None  # what httpx says of it may hold a password
 
     async def aclose(self) -> None:
         """Closes the idle connections; call it when no call runs any more."""

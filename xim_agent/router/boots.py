@@ -35,9 +35,9 @@ class Boots:
         caller = self.known.get(boot)
         if caller is None:
             caller = self.known[boot] = Boot(boot, address, wall, now)
-            while len(self.known) > KEEP:
-                self.known.popitem(last=False)
+            self._forget()
             return self._switch(caller), None
+        self.known.move_to_end(boot)
         caller.address, caller.heard = address, now
         other = self.current
         if other is None or other is caller:
@@ -51,6 +51,12 @@ class Boots:
         if now - self.warned >= SILENT:
             self.warned, self.warn = now, caller
         return False, other
+
+    def _forget(self) -> None:
+        """All but the KEEP lately heard: a copy that starts again and again must not make the original one unknown."""
+        for old in list(self.known.values())[:-KEEP]:
+            if old is not self.current:
+                del self.known[old.id]
 
     def _switch(self, to: Boot) -> bool:
         self.current, self.warn = to, None

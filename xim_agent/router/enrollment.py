@@ -16,12 +16,13 @@ from xim_agent import PROTOCOL
 from xim_agent.errors import AgentError
 from xim_agent.identity import jose
 from xim_agent.identity.join_key import JoinKey
-from xim_agent.router import join_keys
-from xim_agent.router.sql import digest, row, transaction
+from xim_agent.router import join_keys, keyring
+from xim_agent.router.sql import digest, row, rows, transaction
 from xim_agent.router.tokens import Problem, Proof, RouterKeys
 
 REPLAY_SECONDS = 150  # wire-protocol §3.4
 REFRESH_PREFIX = "xrt_"
+AHEAD = 5000  # refreshes, a hundred days of them, by which an agent may know more than a restored database
 
 
 class Replay:
@@ -64,6 +65,7 @@ def enroll(
         agent = row(db, "SELECT * FROM agents WHERE agent_id=?", (agent_id,))
         assert agent is not None
         refresh_token = _issue(db, agent, 1)
+        key_set = keys.key_set(keyring.key_set_iat(db, now))
     return {
         "agent_id": agent_id,
         "worker_id": agent["worker_id"],
@@ -73,7 +75,7 @@ def enroll(
         "refresh_token": refresh_token,
         "issuer": keys.issuer,
         "root": keys.root_jwk(),
-        "keys": keys.key_set,
+        "keys": key_set,
     }
 
 
@@ -85,7 +87,8 @@ def refresh(
     if not isinstance(presented, str) or not presented.startswith(REFRESH_PREFIX) or not presented.isascii():
         raise Problem(400, "invalid_request", "`refresh_token` is missing or has the wrong form")
     with transaction(db):
-        found = row(db, "SELECT * FROM refresh_tokens WHERE hash=?", (digest(presented.encode()),))
+        hashed = digest(presented.encode())
+        found = row(db, "SELECT * FROM refresh_tokens WHERE hash=?", (hashed,)) or _ahead(db, hashed, proof.jkt)
         agent = found and row(db, "SELECT * FROM agents WHERE agent_id=?", (found["agent_id"],))
         if not found or not agent:
             raise Problem(403, "credential_revoked", "this router does not know the refresh token")
@@ -101,9 +104,10 @@ def refresh(
         else:
             db.execute("UPDATE agents SET used=? WHERE agent_id=?", (found["serial"], agent["agent_id"]))
             successor = _issue(db, agent, found["serial"] + 1)
+            key_set = keys.key_set(keyring.key_set_iat(db, now))
     if reused:
         raise Problem(403, "credential_reused", "an old refresh token was presented; all of the agent's are revoked")
-    return {"token": _token(keys, agent, now, None), "refresh_token": successor, "keys": keys.key_set}
+    return {"token": _token(keys, agent, now, None), "refresh_token": successor, "keys": key_set}
 
 
 def standing(db: sqlite3.Connection, agent_id: str, jti: str | None = None) -> str:
@@ -175,16 +179,34 @@ def _described(request: Mapping[str, Any], remote: str) -> tuple[str, str, str, 
     return request["name"], json.dumps(info), json.dumps(request["hardware"]), request.get("max_concurrent")
 
 
-def _issue(db: sqlite3.Connection, agent: Mapping[str, Any], serial: int) -> str:
-    """The token of (agent, family, serial). Derived, not random: the router keeps hashes only and can still give the
-    same successor again, even after its database was put back to an older state.
-    """
+def _ahead(db: sqlite3.Connection, hashed: bytes, jkt: str) -> dict[str, Any] | None:
+    """The row of a token that this router gave out and forgot, because its database was put back to an older state."""
+    secret = _secret(db)
+    for agent in rows(db, "SELECT * FROM agents WHERE jkt=?", (jkt,)):
+        for serial in range(agent["used"] + 1, agent["used"] + AHEAD):
+            if digest(_derived(secret, agent, serial).encode()) == hashed:
+                return {"agent_id": agent["agent_id"], "family": agent["family"], "serial": serial}
+    return None
+
+
+def _secret(db: sqlite3.Connection) -> bytes:
     kept = db.execute("SELECT value FROM settings WHERE key='hmac_secret'").fetchone()
     if kept is None:
         kept = (secrets.token_hex(32),)
         db.execute("INSERT INTO settings(key, value) VALUES('hmac_secret', ?)", kept)
+    return bytes.fromhex(kept[0])
+
+
+def _derived(secret: bytes, agent: Mapping[str, Any], serial: int) -> str:
+    """The token of (agent, family, serial). Not random: the router keeps hashes only and can still give the same
+    successor again.
+    """
     text = f"refresh|{agent['agent_id']}|{agent['family']}|{serial}".encode()
-    token = REFRESH_PREFIX + jose.b64u(hmac.digest(bytes.fromhex(kept[0]), text, "sha256"))
+    return REFRESH_PREFIX + jose.b64u(hmac.digest(secret, text, "sha256"))
+
+
+def _issue(db: sqlite3.Connection, agent: Mapping[str, Any], serial: int) -> str:
+    token = _derived(_secret(db), agent, serial)
     db.execute(
         "INSERT OR IGNORE INTO refresh_tokens(hash, agent_id, family, serial) VALUES(?, ?, ?, ?)",
         (digest(token.encode()), agent["agent_id"], agent["family"], serial),

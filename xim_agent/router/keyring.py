@@ -16,19 +16,29 @@ _IN_USE = "SELECT kind, private FROM signing_keys WHERE retired IS NULL ORDER BY
 
 def open_keys(db: sqlite3.Connection, issuer: str, now: float) -> RouterKeys:
     """The router's keys, made at the first call: later ones only read. Retired signing keys are left out."""
-    rows, set_iat = db.execute(_IN_USE).fetchall(), _set_iat(db)
-    if set_iat is None or {kind for kind, _ in rows} != {"root", "signing"}:
+    rows = db.execute(_IN_USE).fetchall()
+    if {kind for kind, _ in rows} != {"root", "signing"}:
         with transaction(db):
             have = {kind for kind, _ in db.execute(_IN_USE)}
             for kind in sorted({"root", "signing"} - have):
                 _insert(db, kind, now)
-            if have != {"root", "signing"} or _set_iat(db) is None:
-                _changed(db, now)
-            rows, set_iat = db.execute(_IN_USE).fetchall(), _set_iat(db)
-    assert set_iat is not None
+            rows = db.execute(_IN_USE).fetchall()
     keys = [(kind, jose.private_key(json.loads(private)["d"])) for kind, private in rows]
     root = next(key for kind, key in keys if kind == "root")
-    return RouterKeys(issuer, root, tuple(key for kind, key in keys if kind == "signing"), set_iat)
+    return RouterKeys(issuer, root, tuple(key for kind, key in keys if kind == "signing"))
+
+
+def key_set_iat(db: sqlite3.Connection, now: float) -> int:
+    """`iat` of a key set that is given out now. Inside a transaction.
+
+    Agents refuse an older set than they hold. So it never goes back when the router's clock does; and it goes forward
+    with the clock, or agents would refuse a router whose database was put back to an older state.
+    """
+    row = db.execute("SELECT value FROM settings WHERE key='key_set_iat'").fetchone()
+    last = int(row[0]) if row else 0
+    if int(now) > last:
+        db.execute("INSERT OR REPLACE INTO settings(key, value) VALUES('key_set_iat', ?)", (str(int(now)),))
+    return max(int(now), last)
 
 
 def rotate(db: sqlite3.Connection, now: float, *, keep: int = KEEP) -> str:
@@ -45,7 +55,6 @@ def rotate(db: sqlite3.Connection, now: float, *, keep: int = KEEP) -> str:
             "  ORDER BY created DESC, rowid DESC LIMIT ?)",
             (now, keep + 1),
         )
-        _changed(db, now)
     return kid
 
 
@@ -59,16 +68,3 @@ def _insert(db: sqlite3.Connection, kind: str, now: float) -> str:
     values = (kid, kind, json.dumps(jwk), created)
     db.execute("INSERT INTO signing_keys(kid, kind, private, created) VALUES(?, ?, ?, ?)", values)
     return kid
-
-
-def _set_iat(db: sqlite3.Connection) -> int | None:
-    row = db.execute("SELECT value FROM settings WHERE key='key_set_iat'").fetchone()
-    return int(row[0]) if row else None
-
-
-def _changed(db: sqlite3.Connection, now: float) -> None:
-    """The set's `iat` tells when it changed, not when it was sent: agents refuse an older set than they hold, and a
-    router whose clock was set back must not look like one.
-    """
-    iat = max(int(now), (_set_iat(db) or 0) + 1)
-    db.execute("INSERT OR REPLACE INTO settings(key, value) VALUES('key_set_iat', ?)", (str(iat),))

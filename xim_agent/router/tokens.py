@@ -38,15 +38,11 @@ class Problem(Exception):
 
 @dataclass(frozen=True)
 class RouterKeys:
-    """`root` signs key sets and nothing else; `signing` newest first, the newest signs, all of them verify.
-
-    `set_iat`: Unix seconds at which the set of signing keys became what it is; never goes back.
-    """
+    """`root` signs key sets and nothing else; `signing` newest first, the newest signs, all of them verify."""
 
     issuer: str
     root: Ed25519PrivateKey
     signing: Sequence[Ed25519PrivateKey]
-    set_iat: int
 
     @cached_property
     def public(self) -> dict[str, Ed25519PublicKey]:
@@ -54,11 +50,10 @@ class RouterKeys:
         keys = [key.public_key() for key in self.signing]
         return {jose.thumbprint(key): key for key in keys}
 
-    @cached_property
-    def key_set(self) -> str:
+    def key_set(self, iat: int) -> str:
         """The signed key set that agents check tokens and assignments with."""
         keys = [jose.jwk_of(key.public_key()) for key in self.signing]
-        return jose.sign(self.root, {"iss": self.issuer, "iat": self.set_iat, "keys": keys}, claims.TYP_KEY_SET)
+        return jose.sign(self.root, {"iss": self.issuer, "iat": iat, "keys": keys}, claims.TYP_KEY_SET)
 
     def mint_token(
         self,

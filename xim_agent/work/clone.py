@@ -11,10 +11,11 @@ _FIRST, _LAST = 1e9, 1e11
 
 @dataclass(frozen=True)
 class Clone:
-    """`later`: the other one started after us; None when the reply does not say."""
+    """`later`: the other one started after us; None when the reply does not say. `sure`: by one clock, the router's."""
 
     message: str
     later: bool | None
+    sure: bool = False
 
 
 def clone(problem: Mapping[str, Any], started: float) -> Clone:
@@ -27,7 +28,7 @@ def clone(problem: Mapping[str, Any], started: float) -> Clone:
     if start is None:
         return Clone(message, None)
     message += f", since {datetime.fromtimestamp(start, UTC):%Y-%m-%d %H:%M:%S} UTC"
-    return Clone(message, start > (started if yours is None else yours))
+    return Clone(message, start > (started if yours is None else yours), sure=yours is not None)
 
 
 def _moment(value: object) -> float | None:

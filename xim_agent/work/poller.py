@@ -258,12 +258,12 @@ class Poller:
             log.error("poll refused", extra={"code": error.code, "reason": error.message})
 
     def _check_clone(self, error: RouterError) -> None:
-        """Raises exit 14 when we are the later one, else warns. Where the reply does not say who is, time tells: the
-        router refuses the earlier one once in a while, the later one every time.
+        """Raises exit 14 when we are the later one, else warns. Where the reply does not say for sure who is, time
+        tells: the router refuses the earlier one once in a while, the later one every time.
         """
         other = clone(error.problem, self._started)
         self._clone_refusals += 1
-        if other.later is not False and self._clone_refusals < CLONE_REFUSALS:
+        if other.later is not False and (other.sure or self._clone_refusals < CLONE_REFUSALS):
             self._clone_seen = self._clock.now()
             log.warning(other.message)
             self._health.set("identity_in_use", other.message, "stop the copy, or give it a join key of its own")
