@@ -6,6 +6,7 @@ import pytest
 from fakes.dispatching import DUTY, LIMITS, MODEL, PROJECT, World, end, fail, head, stream
 
 from xim_agent.mesh.messages import PollReply
+from xim_agent.router.boots import KEEP
 from xim_agent.router.dispatch import AgentSuspended, CloneDetected
 from xim_agent.router.fleet import Duty
 from xim_agent.router.jobs import COMPLETE, Limits, Refused
@@ -157,6 +158,32 @@ def test_alternating_boots_are_a_clone_and_both_are_told(world: World) -> None:
         world.poll(boot="late")
     with pytest.raises(CloneDetected):
         world.poll(boot="early")
+
+
+def test_copy_that_starts_again_and_again_never_becomes_the_earlier_one(world: World) -> None:
+    """A supervisor does that. The original one is told, by the router's own clock, that the other one is later."""
+    world.answer(world.poll(boot="original"))
+    for number in range(100):
+        world.now += 9
+        copy = f"copy {number}"
+        world.poll(boot=copy)
+        with pytest.raises(CloneDetected) as told:
+            world.poll(boot="original")
+        assert told.value.start > told.value.yours == 1e9
+        world.answer(world.poll(boot="original", wait_ms=0))
+        with pytest.raises(CloneDetected) as told:
+            world.poll(boot=copy)
+        assert told.value.start == 1e9 < told.value.yours
+    assert len(world.dispatch.agents["a"].boots.known) <= KEEP + 1
+
+
+def test_original_that_holds_its_poll_is_not_forgotten_meanwhile(world: World) -> None:
+    world.answer(world.poll(boot="original"))
+    for number in range(KEEP - 1):
+        world.poll(boot=f"copy {number}")
+    with pytest.raises(CloneDetected) as told:
+        world.poll(boot="original", wait_ms=0)
+    assert told.value.yours == 1e9
 
 
 def test_late_clone_takes_over_when_the_early_one_is_silent(world: World) -> None:

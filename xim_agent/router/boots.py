@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-KEEP = 8
+KEEP = 64  # starts in 75 s of the fastest supervisor
 SILENT = 75.0  # seconds after which a process counts as gone; the ttl of its leases
 
 
