@@ -264,8 +264,7 @@ def _with_metrics(made: Agent, config: Config, clock: Clock, router: RouterClien
         "engine": made.engine.statistics,
     }
     collector = Collector(
-        statistics
-        | {"agent": lambda: process, "health": lambda: {c.code: 1 for c in made.health.conditions()}}
+        statistics | {"agent": lambda: process, "health": lambda: {c.code: 1 for c in made.health.conditions()}}
     )
     server = MetricsServer(
         collect=collector.text,

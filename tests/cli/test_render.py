@@ -24,6 +24,14 @@ def test_named_error_in_nested_groups(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().err == "error: cannot write /x [state_dir]\n\nhint: chown it\n"
 
 
+def test_what_two_services_met_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert code_of(group(named(), AgentError("other", "other", exit_code=Exit.STATE), named())) == Exit.STATE
+    assert [line for line in capsys.readouterr().err.splitlines() if "error" in line] == [
+        "error: cannot write /x [state_dir]",
+        "error: other [other]",
+    ]
+
+
 def test_a_bug_beside_a_named_error_is_a_bug(
     capsys: pytest.CaptureFixture[str], error_logs: list[logging.LogRecord]
 ) -> None:

@@ -1,4 +1,5 @@
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,13 @@ def test_no_word_raises_anything_but_ours(word: str) -> None:
         except AgentError as raised:
             error = raised
         assert error is None or (error.exit_code == Exit.CONFIG and option.env in error.message)
+
+
+@pytest.mark.parametrize("attr", ["name", "router_url", "join_key", "vllm_salt_secret"])
+def test_text_that_is_no_utf8_is_refused(attr: str) -> None:
+    error = refuse(attr, os.fsdecode(b"gpu-\xff-box"))
+    assert "is not UTF-8 text" in error.message
+    assert error.message.isprintable()
 
 
 def test_flag_over_environment_over_default_and_empty_is_unset() -> None:

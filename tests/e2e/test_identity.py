@@ -1,5 +1,6 @@
 """Agents and a router as processes of the executable: what happens to a running agent's identity."""
 
+import json
 import os
 import re
 import shutil
@@ -67,6 +68,23 @@ def test_join_key_left_in_place_is_not_spent_by_later_starts(place: Place) -> No
     with place.run(state, JOIN_KEY=key) as agent:  # a stale one is no matter either
         until("it polls", lambda: up(agent), 30)
         assert "join key ignored" in agent.text
+
+
+def test_removed_while_it_runs_it_ends_and_its_join_key_does_not_bring_it_back(place: Place) -> None:
+    key = place.router("join-key", "create", "--project", "p", "--uses", "5").stdout.strip()
+    state = place.directory()
+    with place.run(state, JOIN_KEY=key) as agent:
+        until("it polls", lambda: up(agent), 30)
+        agent_id = json.loads((state / "enrollment.json").read_bytes())["enrollment"]["agent_id"]
+        place.router("agents", "remove", agent_id)
+        assert agent.popen.wait(60) == 12
+        kept = next(state.glob("enrollment.json.removed*"))
+        assert f"its state is kept as {kept}" in agent.text
+        assert "hint: " in agent.text
+    again = place.enroll(state, JOIN_KEY=key)
+    assert (again.returncode, "[agent_removed]" in again.stderr, "hint: " in again.stderr) == (12, True, True)
+    assert json.loads(place.router("join-key", "ls", "--json").stdout)[0]["uses_left"] == 4
+    assert place.enroll(state, JOIN_KEY=place.join_key()).returncode == 0
 
 
 def test_memory_of_an_agent_is_not_for_others_of_its_user(place: Place) -> None:

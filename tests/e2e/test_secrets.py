@@ -71,9 +71,13 @@ class Planted(Stack):
         assert self.agent is not None
         ours, engines = {"log": self.agent.text, **{path: self.get(path) for path in PATHS}}, {}
         for process in self.agent.family():
-            environment = Path(f"/proc/{process.pid}/environ").read_text(errors="replace")
+            try:
+                arguments = " ".join(process.cmdline())
+                environment = Path(f"/proc/{process.pid}/environ").read_text(errors="replace")
+            except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
+                continue  # an engine that failed, or a helper that has done its work
             to = engines if "\0FAKE_VLLM_SAYS=" in environment else ours
-            to[f"arguments of {process.pid}"] = " ".join(process.cmdline())
+            to[f"arguments of {process.pid}"] = arguments
             to[f"environment of {process.pid}"] = environment
         return ours, engines
 

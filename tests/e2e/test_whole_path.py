@@ -48,9 +48,7 @@ def texts(response: httpx.Response) -> str:
     """The answer's text, however it is cut into events."""
     lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line and line != "data: [DONE]"]
     choices = [choice for line in lines for choice in json.loads(line)["choices"]]
-    return "".join(
-        c.get("text") or (c.get("delta") or c.get("message") or {}).get("content") or "" for c in choices
-    )
+    return "".join(c.get("text") or (c.get("delta") or c.get("message") or {}).get("content") or "" for c in choices)
 
 
 def chat_body(**more: Any) -> dict[str, Any]:
@@ -186,9 +184,7 @@ def test_client_that_goes_away_stops_the_engine(ready: Stack) -> None:
             text = client.get("http://engine/metrics").text
         return sum(map(float, re.findall(r"^vllm:num_requests_running\{.*\} ([0-9.]+)$", text, re.M)))
 
-    stream = ready.client().chat.completions.create(
-        model="toy", messages=PROMPT, stream=True, **LONG
-    )  # type: ignore[call-overload]
+    stream = ready.client().chat.completions.create(model="toy", messages=PROMPT, stream=True, **LONG)  # type: ignore[call-overload]
     for _ in zip(range(5), stream, strict=False):
         pass
     assert running_now() == 1

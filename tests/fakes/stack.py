@@ -262,9 +262,7 @@ class Stack:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.api_key, **more)
 
     def post(self, path: str, body: dict[str, Any]) -> httpx.Response:
-        return httpx.post(
-            self.url + path, json=body, headers={"Authorization": f"Bearer {self.api_key}"}, timeout=90
-        )
+        return httpx.post(self.url + path, json=body, headers={"Authorization": f"Bearer {self.api_key}"}, timeout=90)
 
     def direct(self, path: str, body: dict[str, Any]) -> httpx.Response:
         """The same request to the engine itself, past router and agent."""

@@ -40,6 +40,16 @@ def test_repr_and_errors_keep_the_secret() -> None:
 
 
 @pytest.mark.parametrize(
+    "url", ["ftp://user:hunter222@r.example", "user:hunter222@r.example", "https://a:hunter222@b:x"]
+)
+def test_password_in_a_router_url_is_refused_unseen(url: str) -> None:
+    with pytest.raises(AgentError) as caught:
+        parse_router_url(url)
+    assert (caught.value.code, caught.value.exit_code) == ("router_url_malformed", 78)
+    assert "hunter222" not in caught.value.message + caught.value.hint
+
+
+@pytest.mark.parametrize(
     "bad",
     [
         "",

@@ -99,9 +99,7 @@ async def test_removed_agent_does_not_come_back_by_itself(router: Router, autoju
     assert (await agent.start().enroll_once()).agent_id != first.agent_id
 
 
-async def test_agent_that_left_may_join_again_with_what_is_left_of_its_key(
-    router: Router, autojump_clock: Any
-) -> None:
+async def test_agent_that_left_may_join_again_with_what_is_left_of_its_key(router: Router, autojump_clock: Any) -> None:
     agent = Agent(router, router.join_key(uses=2))
     service = agent.start()
     first = await service.enroll_once()

@@ -86,9 +86,7 @@ async def test_two_rotations_in_a_moment_with_an_assignment_each(
         await trio.sleep(60)
         for generation in (1, 2):
             router.rotate(keep=0)
-            accepted = await service.assignments.verify_assignment(
-                assignment(router, agent_id, generation=generation)
-            )
+            accepted = await service.assignments.verify_assignment(assignment(router, agent_id, generation=generation))
             assert accepted.generation == generation
 
     await running(service, body)

@@ -1,12 +1,15 @@
 """Each way not to get a reply has its own name, and says where."""
 
+import os
 import socket
+import ssl
 from typing import Any
 
 import pytest
 import trio
 from fakes.tls import certificate, named, server_context
 
+from xim_agent.clock import SystemClock
 from xim_agent.errors import AgentError
 from xim_agent.mesh import failures
 from xim_agent.mesh.tls import verified
@@ -92,6 +95,21 @@ async def test_certificate_of_another_host_is_named(
     assert "it was issued to `CN=other.example`" in error.message
 
 
+async def test_certificate_that_nobody_can_read_is_refused_all_the_same(
+    transport: Any, start: Any, tmp_path: Any
+) -> None:
+    """Who is on the way may send anything: this one says that it is of X.509 version 4."""
+    chain, key = certificate(tmp_path)
+    version = b"\xa0\x03\x02\x01"
+    der = ssl.PEM_cert_to_DER_cert(chain.read_text())
+    chain.write_text(ssl.DER_cert_to_PEM_cert(der.replace(version + b"\x02", version + b"\x03", 1)))
+    server = await start(tls=server_context(chain, key))
+    careful = Transport(insecure=False, clock=transport._clock, on_skew=lambda _: None)
+    error = await failure(careful, server.url)
+    await careful.aclose()
+    assert (error.code, "issued to" in error.message) == ("tls_failed", False)
+
+
 async def test_a_made_up_name_cannot_write_over_the_terminal(transport: Any, start: Any, tmp_path: Any) -> None:
     strange = named("\x1b[2J\x07evil\u202e" + "x" * 50)
     server = await start(tls=server_context(*certificate(tmp_path, subject=strange)))
@@ -150,7 +168,7 @@ async def test_the_proxy_is_named_and_left_out_for_loopback(
         monkeypatch.delenv(name, raising=False)
     behind = Transport(insecure=True, clock=transport._clock, on_skew=lambda _: None)
     error = await failure(behind, "http://router.example")
-    assert error.code == "connection_refused"
+    assert (error.code, error.hint.partition(" and")[0]) == ("connection_refused", "check HTTPS_PROXY")
     assert f"proxy 127.0.0.1:{closed_port}" in error.message
     assert "hunter2" not in error.message
     server = await start()
@@ -167,6 +185,30 @@ async def test_the_proxy_is_named_and_left_out_for_loopback(
     assert error.code == "proxy_failed"
     await behind.aclose()
     await tunnel.aclose()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("HTTPS_PROXY", "socks5://user:hunter2@proxy:1080"),
+        ("all_proxy", "foo://user:hunter2@proxy"),
+        ("HTTP_PROXY", "http://user:hunter2@[::1"),
+        ("NO_PROXY", "[::1"),
+    ],
+)
+def test_proxy_settings_of_no_use_are_a_matter_of_configuration(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for other in [n for n in os.environ if n.lower().endswith("_proxy")]:
+        monkeypatch.delenv(other)
+    monkeypatch.setenv(name, value)
+    if "NO" in name:
+        monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
+    with pytest.raises(AgentError) as caught:
+        Transport(insecure=True, clock=SystemClock(), on_skew=lambda _: None)
+    assert (caught.value.code, caught.value.exit_code) == ("proxy_invalid", 78)
+    assert name in caught.value.message
+    assert "hunter2" not in caught.value.message
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from fakes.agent import Bench, FakeAgent, until
 
 from xim_agent.cli.router import command
 from xim_agent.cli.table import ago, plain
+from xim_agent.clock import SystemClock
 from xim_agent.errors import AgentError
 from xim_agent.router import join_keys, keyring
 from xim_agent.router.guesses import ALLOWED, KEEP, REFILL_SECONDS, Guesses
@@ -61,6 +62,9 @@ async def test_states_of_an_agent(bench: Bench, agent: FakeAgent) -> None:
         assert [row["status"] for row in await rows(bench, "agents", "ls")] == [expected]
     await router(bench, "agents", "remove", agent.id[:6])
     assert await rows(bench, "agents", "ls") == []
+    again = await router(bench, "agents", "suspend", "node")
+    assert isinstance(again.exception, AgentError)
+    assert again.exception.code == "agent_unknown", "by name, only those that are here"
     (left,) = await rows(bench, "agents", "ls", "--all")
     assert (left["id"], left["status"], left["credential"]) == (agent.id, "removed", "revoked")
 
@@ -147,7 +151,35 @@ async def test_revoked_credentials_end_its_tokens_at_once_and_a_join_key_brings_
     assert (await agent.enroll(key)).status_code == 201
     await agent.poll(wait_ms=0)
     agent.http.headers["Authorization"] = f"Bearer {old}"
+    assert await problem(agent) == (401, "token_invalid")
+
+
+async def test_the_same_join_key_again_replaces_the_credential_and_all_it_gave(bench: Bench) -> None:
+    key = bench.join_key()
+    agent = FakeAgent(bench.url)
+    bench.agents.append(agent)
+    await agent.enroll(key)
+    assert await problem(agent) == (200, "")
+    first, first_id = agent.token, agent.id
+    await router(bench, "agents", "revoke-credentials", agent.id)
+    await agent.enroll(key)
+    assert (agent.id, await problem(agent)) == (first_id, (200, ""))
+    agent.http.headers["Authorization"] = f"Bearer {first}"
     assert await problem(agent) == (401, "token_invalid"), "a stolen one stays dead"
+
+
+async def test_token_that_was_checked_before_still_ends(bench: Bench, agent: FakeAgent) -> None:
+    assert await problem(agent) == (200, "")
+    bench.router.agents._clock = Later(30 * 24 * 3600)
+    assert await problem(agent) == (401, "token_expired")
+
+
+class Later(SystemClock):
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def now(self) -> float:
+        return super().now() + self.seconds
 
 
 async def test_signing_key_rotates_beside_a_running_router(
@@ -158,11 +190,13 @@ async def test_signing_key_rotates_beside_a_running_router(
         return header(signed)["kid"], set(bench.router.agents._keys.public)
 
     first, _ = await kids()
+    undisturbed = await hold(bench, agent, nursery)
     result = await router(bench, "rotate-signing-key")
     second = result.stdout.strip()
     assert "2 before it" in result.stderr
     await until(lambda: second in bench.router.agents._keys.public)
     assert await kids() == (second, {first, second}), "and the old token is still good"
+    assert not undisturbed, "nobody needs a new token yet"
     held = await hold(bench, agent, nursery)
     result = await router(bench, "rotate-signing-key", "--compromised")
     third = result.stdout.strip()
@@ -199,6 +233,9 @@ async def test_join_keys_are_listed_without_being_shown_and_revoked(bench: Bench
     ]
     assert set(found[0]) == {"id", "project", "region", "uses_left", "created", "expires", "agents", "state"}
     await router(bench, "join-key", "revoke", "1")
+    when = bench.store.db.execute("SELECT revoked FROM join_keys WHERE id=1").fetchone()
+    await router(bench, "join-key", "revoke", "1")
+    assert bench.store.db.execute("SELECT revoked FROM join_keys WHERE id=1").fetchone() == when
     assert [row["state"] for row in await rows(bench, "join-key", "ls")] == ["expired", "revoked"]
     second = FakeAgent(bench.url)
     bench.agents.append(second)
@@ -258,6 +295,8 @@ async def test_guesses_from_one_address_are_limited(bench: Bench) -> None:
         reply = await agent.enroll(key)
         assert (reply.status_code, reply.json()["code"]) == (429, "rate_limited"), "or a guess would tell"
         assert 1 <= int(reply.headers["retry-after"]) <= REFILL_SECONDS
+    reply = await agent.http.post(f"{bench.url}/v1/enroll", content=b"{", headers={"DPoP": "nonsense"})
+    assert reply.status_code == 429, "nor is anything looked at that costs time"
 
 
 async def test_good_keys_are_not_limited(bench: Bench) -> None:
@@ -298,6 +337,15 @@ def test_memory_of_guesses_is_bounded() -> None:
     for number in range(2 * KEEP):
         guesses.wrong(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}", 0)
     assert len(guesses._full_at) == KEEP
+
+
+def test_who_keeps_guessing_is_not_forgotten() -> None:
+    guesses = Guesses()
+    for number in range(3 * KEEP):
+        guesses.wrong("192.0.2.1", number * 1e-6)
+        guesses.wrong(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}", number * 1e-6)
+    with pytest.raises(Problem):
+        guesses.check("192.0.2.1", 1)
 
 
 def test_a_near_guess_takes_as_long_as_a_far_one(tmp_path: Path) -> None:

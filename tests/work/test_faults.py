@@ -263,3 +263,15 @@ async def test_the_earlier_of_two_clones_stays(bench: Any, router: Any, autojump
     assert (await router.ended(router.offer())).reason == "complete"
     await bench.settle(200)
     assert bench.health.conditions() == []
+
+
+async def test_router_that_knows_who_came_first_is_believed(bench: Any, router: Any, autojump_clock: Any) -> None:
+    """However often a copy restarts, and whatever our clock says: by the router's, we were here first."""
+    await bench.settle(1)
+    problem = {"address": "10.0.0.9", "start": 1_900_000_000.0, "yours": 1_899_999_999.0}
+    router.cut(RouterError("identity_in_use", "two of you", status=409, problem=problem))
+    await bench.settle(300)
+    router.cut(None)
+    await bench.settle(30)
+    assert [c.code for c in bench.health.conditions()] == ["identity_in_use"]
+    assert (await router.ended(router.offer())).reason == "complete"

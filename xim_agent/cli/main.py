@@ -50,5 +50,3 @@ def cli() -> None:
 def main(args: Sequence[str]) -> int:
     """Runs one command; returns the exit code. Every exception becomes a message here and nowhere else."""
     return guarded(lambda: cli.main(list(args), prog_name="xerotier-xim-agent", standalone_mode=False))
-
-

@@ -43,9 +43,7 @@ def _left(option: Option) -> str:
 
 
 def rows(group: str, only: frozenset[str] | None = None) -> list[tuple[str, str]]:
-    return [
-        (_left(o), help_of(o)) for o in OPTIONS if o.meta["group"] == group and (only is None or o.attr in only)
-    ]
+    return [(_left(o), help_of(o)) for o in OPTIONS if o.meta["group"] == group and (only is None or o.attr in only)]
 
 
 def write_options(formatter: click.HelpFormatter, only: frozenset[str] | None = None) -> None:

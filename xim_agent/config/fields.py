@@ -97,9 +97,7 @@ class Config:
     allow_engine_args: tuple[str, ...] = option(
         (), "vLLM flags the router may choose beyond the safe list", group="engine", repeat="arg"
     )
-    allow_unsafe_files: bool = option(
-        False, "Accept models with Python or pickle files", group="engine"
-    )
+    allow_unsafe_files: bool = option(False, "Accept models with Python or pickle files", group="engine")
     vllm_args: tuple[str, ...] = option(
         (), "Arguments appended to vLLM's command line", group="engine", flag="--vllm-arg", repeat="arg"
     )
@@ -118,7 +116,10 @@ class Config:
     )
     kv_cache_backend: KvBackend = option("native", "Where evicted KV blocks go", group="engine")
     kv_offload_size_gb: float | None = option(
-        None, "Host memory for evicted KV blocks, GB; 0 disables", group="engine", low=0,
+        None,
+        "Host memory for evicted KV blocks, GB; 0 disables",
+        group="engine",
+        low=0,
         shown_default="25 % of the smaller of RAM and cgroup limit",
     )
     speculative_enabled: bool = option(False, "Speculative decoding", group="engine")
@@ -136,8 +137,9 @@ class Config:
     model_cache_max_size_gb: float = option(100, "Bound of the model cache, GB", group="cache", low=0.001)
     model_cache_downloads: int = option(8, "Parallel transfers", group="cache", low=1, high=64)
     # metrics
-    metrics_port: int = option(9094, "Port of /metrics, /livez, /readyz, /status; 0: any free", group="metrics",
-                               low=0, high=65535)
+    metrics_port: int = option(
+        9094, "Port of /metrics, /livez, /readyz, /status; 0: any free", group="metrics", low=0, high=65535
+    )
     metrics_host: str = option("127.0.0.1", "Address of the metrics server", group="metrics")
     disable_metrics_server: bool = option(False, "No metrics server", group="metrics")
     # stop

@@ -152,7 +152,7 @@ def from_transport(what: str, url: httpx.URL, error: httpx.TransportError) -> Ro
     else:
         code, text = "connection_lost", f"the connection to {place} was lost: {str(error) or type(error).__name__}"
     via = f" (through proxy {proxy})" if proxy and code != "proxy_failed" else ""
-    hint = _PROXY if proxy and code in ("connection_refused", "connect_timeout", "connect_failed", "dns_failed") else {
+    hints = {
         "tls_failed": "set SSL_CERT_FILE to the CA of the router, or check for a proxy that opens TLS",
         "connect_timeout": "a firewall may drop it: check that this host may reach that address",
         "connection_refused": "check address and port, and that the router runs",
@@ -161,5 +161,7 @@ def from_transport(what: str, url: httpx.URL, error: httpx.TransportError) -> Ro
         "connection_lost": "see the router's log",
         "dns_failed": "check the router's address and the resolver of this host",
         "proxy_failed": _PROXY,
-    }.get(code, "")
+    }
+    behind = proxy and code in ("connection_refused", "connect_timeout", "connect_failed", "dns_failed")
+    hint = _PROXY if behind else hints.get(code, "")
     return RouterError(code, f"{text}{via} ({what})", hint=hint)
