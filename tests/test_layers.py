@@ -48,7 +48,7 @@ SHARED = {"errors", "outcome", "backoff", "clock", "watch", "health", "files", "
 WIRING = {"agent", "assemble", "__main__"}
 NURSERIES = {
     *("agent", "cli.local", "cli.router", "engine.process", "cache.download", "cache.service", "work.sender"),
-    *("metrics.server", "router.app"),
+    *("metrics.server", "control.server", "router.app"),
 }
 FORK = {"engine.guard"}
 GUARDS = {"work.request", "cli.render", "router.server"}
