@@ -19,7 +19,7 @@ async def call(socket: Path, pid: str, name: str, arguments: Mapping[str, Any], 
     Raises what the call raised, and AgentError `agent_unreachable`, `agent_silent`, `agent_gone`, `agent_older`.
     Cancellation cancels the call in the agent.
     """
-    transport = httpx.AsyncHTTPTransport(uds=str(socket), verify=False)  # noqa: S501  no TLS, so no CAs to load
+    transport = httpx.AsyncHTTPTransport(uds=str(socket), verify=False)  # no TLS, so no CAs to load
     timeout = httpx.Timeout(SILENCE)
     try:
         async with (
