@@ -1,7 +1,8 @@
 """The way to the cache: the running agent's control socket where an agent holds it, the cache's lock otherwise."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,7 +39,12 @@ async def reach(config: Config, name: str, arguments: Mapping[str, Any], report:
         return _absent(config, name)
     except OSError as e:
         _denied(directory, e)
-    _become(lock.st_uid, lock.st_gid)
+    with _as_owner(lock):
+        return await _ask(config, name, arguments, report)
+
+
+async def _ask(config: Config, name: str, arguments: Mapping[str, Any], report: Report) -> Any:
+    directory = config.model_cache_path
     give_up = trio.current_time() + _PATIENCE
     while True:
         try:
@@ -86,15 +92,25 @@ class _Nowhere:
         raise NotImplementedError
 
 
-def _become(owner: int, group: int) -> None:
+@contextmanager
+def _as_owner(lock: os.stat_result) -> Iterator[None]:
     """Root acts as the agent's user: what it writes the agent can write, too, and what that user plants gains nothing.
 
-    From here on nothing can be loaded from a one-file program's own directory, which is root's.
+    Inside, no library can be loaded from a one-file program's own directory, which is root's.
     """
-    if os.geteuid() == 0 and owner != 0:
-        os.setgroups([])
-        os.setgid(group)
-        os.setuid(owner)
+    if os.geteuid() != 0 or lock.st_uid == 0:
+        yield
+        return
+    groups, group = os.getgroups(), os.getegid()
+    os.setgroups([])
+    os.setegid(lock.st_gid)
+    os.seteuid(lock.st_uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(group)
+        os.setgroups(groups)
 
 
 def _absent(config: Config, name: str) -> dict[str, Any]:
