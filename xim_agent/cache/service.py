@@ -136,10 +136,11 @@ class Cache:
             except AgentError as e:
                 if e.code != "cache_in_use":
                     raise
-                says = (await trio.to_thread.run_sync(claim.holder, self.directory / claim.LOCK)).says
-                patience = {claim.COMMAND: COMMAND_SECONDS, "": claim.SILENT_SECONDS}.get(says, 0.0)
-                if trio.current_time() >= begin + patience:
-                    raise
+                held = e
+            says = (await trio.to_thread.run_sync(claim.holder, self.directory / claim.LOCK)).says
+            patience = {claim.COMMAND: COMMAND_SECONDS, "": claim.SILENT_SECONDS}.get(says, 0.0)
+            if trio.current_time() >= begin + patience:
+                raise held
             await trio.sleep(_AGAIN)
 
     async def __aexit__(self, *_: object) -> None:
