@@ -47,8 +47,8 @@ CLOCKS = {"now", "today", "utcnow"}  # of datetime
 SHARED = {"errors", "outcome", "backoff", "clock", "watch", "health", "files", "text", "prctl", "log"}
 WIRING = {"agent", "assemble", "__main__"}
 NURSERIES = {
-    *("agent", "cli.local", "cli.router", "engine.process", "cache.download", "cache.service", "work.sender"),
-    *("metrics.server", "router.app"),
+    *("agent", "cli.local", "cli.router", "cli.run", "engine.process", "cache.download", "cache.service"),
+    *("work.sender", "metrics.server", "control.server", "router.app"),
 }
 FORK = {"engine.guard"}
 GUARDS = {"work.request", "cli.render", "router.server"}

@@ -16,12 +16,16 @@ import trio
 
 from xim_agent import PROTOCOL, __version__, agent
 from xim_agent.assignment.service import AssignmentService
+from xim_agent.cache.admin import Commands
+from xim_agent.cache.claim import announce
+from xim_agent.cache.control import calls
 from xim_agent.cache.service import Cache
 from xim_agent.clock import Clock, SystemClock
 from xim_agent.config import sources
 from xim_agent.config.config import describe
 from xim_agent.config.fields import Config
-from xim_agent.config.paths import runtime_directory
+from xim_agent.config.paths import control_name, runtime_directory
+from xim_agent.control.server import ControlServer
 from xim_agent.engine.guard import Guard
 from xim_agent.engine.service import EngineService
 from xim_agent.errors import AgentError, leaves
@@ -230,9 +234,10 @@ def _wire(
         identity=identity, cache=cache, assignment=assignment, engine=engine, poller=poller, health=health,
         parts=agent.Parts(
             identity=identity, engine=engine, assignment=assignment, poller=poller, sender=sender,
-            listeners=(), drain_seconds=config.drain_timeout_seconds,
+            listeners=(cache.watch,), drain_seconds=config.drain_timeout_seconds,
         ),
     )  # fmt: skip
+    made = _with_control(made, config)
     return made if config.disable_metrics_server else _with_metrics(made, config, clock, router)
 
 
@@ -280,4 +285,13 @@ def _with_metrics(made: Agent, config: Config, clock: Clock, router: RouterClien
         redact=redact,
     )
     listen = partial(server.run, config.metrics_host, config.metrics_port)
-    return replace(made, parts=replace(made.parts, listeners=(listen,)))
+    return replace(made, parts=replace(made.parts, listeners=(*made.parts.listeners, listen)))
+
+
+def _with_control(made: Agent, config: Config) -> Agent:
+    """Operators' commands. The cache is ours alone, so a socket that is named by it is too."""
+    store = made.cache.store
+    name = control_name(store.root)
+    path = runtime_directory(config.config_path, os.environ) / name
+    server = ControlServer(path, calls(Commands(made.cache, agent=True)), partial(announce, store.lock))
+    return replace(made, parts=replace(made.parts, listeners=(*made.parts.listeners, server.run)))

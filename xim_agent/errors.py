@@ -8,7 +8,10 @@ class Exit(IntEnum):
     """Exit codes of the executable; systemd does not restart on 2, 10-15, 77 and 78."""
 
     OK = 0
+    MISSING = 1
     USAGE = 2
+    DAMAGED = 3
+    BUSY = 4
     JOIN_KEY_REFUSED = 10
     CREDENTIAL_REVOKED = 11
     REMOVED = 12

@@ -26,7 +26,7 @@ def lock(path: Path, mode: int) -> int:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        pid = os.pread(fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
+        pid = os.pread(fd, 32, 0).decode("ascii", "replace").strip().partition("\n")[0] or "unknown"
         os.close(fd)
         if isinstance(error, BlockingIOError):
             raise Held(pid) from None
@@ -81,6 +81,14 @@ def disk_bytes(path: Path) -> int:
     except FileNotFoundError:
         return total
     return total
+
+
+def modified(path: Path) -> float:
+    """Unix seconds; 0 when it has vanished."""
+    try:
+        return path.lstat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def remove_tree(path: Path) -> None:

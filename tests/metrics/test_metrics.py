@@ -43,7 +43,10 @@ def test_every_row_points_into_the_statistics_of_its_part(row: Any) -> None:
     kind = kind_at(REPORTS[row.part], row.attr)
     kinds = [k for k in get_args(kind) if k is not NoneType] or [kind]
     if row.labels:
-        assert get_args(kind) == (str, int)
+        for _ in row.labels:
+            of, kind = get_args(kind)
+            assert of is str
+        assert kind is int
     else:
         assert set(kinds) <= {int, float, bool}
 
@@ -88,6 +91,26 @@ def test_text_holds_gauges_counters_labels_and_leaves_out_what_is_unknown() -> N
     assert found["xim_agent_router_failures_total", (("code", 'odd"one\n'),)] == 1
     assert not [name for name, _ in found if "skew" in name and "condition" not in name]  # None: no sample
     assert not [name for name, _ in found if "cache" in name]  # that part was not given
+
+
+def test_two_labels_are_a_mapping_in_a_mapping() -> None:
+    @dataclass(frozen=True)
+    class Report:
+        evictions: Any
+        fetch_rate: float | None = None
+
+        def __getattr__(self, name: str) -> Any:
+            return {} if name in ("tiers", "evicted_bytes") else 0
+
+    report = Report({"ready": {"bound": 2, "operator": 1}, "chunks": {"disk": 3}})
+    found = samples(Collector({"cache": lambda: report}).text())
+    name = "xim_agent_cache_evictions_total"
+    assert {labels: value for (n, labels), value in found.items() if n == name} == {
+        (("kind", "ready"), ("reason", "bound")): 2,
+        (("kind", "ready"), ("reason", "operator")): 1,
+        (("kind", "chunks"), ("reason", "disk")): 3,
+    }
+    assert not [n for n, _ in found if n == "xim_agent_cache_fetch_bytes_per_second"], "None: no sample"
 
 
 def test_statistics_are_read_at_the_scrape_and_not_kept() -> None:

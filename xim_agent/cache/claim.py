@@ -1,11 +1,16 @@
 """Who may use a cache directory: one process at a time, and only an agent that knows its format."""
 
+import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from xim_agent import files
 from xim_agent.errors import AgentError, Exit
 
 FORMAT = "1"
+LOCK = "lock"
+SILENT_SECONDS = 2.0  # within these a holder has said what it is, unless it is an older agent
+COMMAND = "command"  # what holds the lock for a moment is a command of an operator, not an agent
 
 
 def lock(path: Path) -> int:
@@ -19,6 +24,26 @@ def lock(path: Path) -> int:
             hint="give each agent on this host its own XEROTIER_AGENT_MODEL_CACHE_PATH",
             exit_code=Exit.ALREADY_RUNNING,
         ) from None
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who wrote the lock file last. `says`: the control socket of an agent, `COMMAND`, or nothing yet."""
+
+    pid: str
+    says: str
+
+
+def announce(lock: int, says: str) -> None:
+    """Tells those who find the lock held where to ask. `lock`: the descriptor that holds it."""
+    os.pwrite(lock, f"{os.getpid()}\n{says}\n".encode(), 0)
+
+
+def holder(path: Path) -> Holder:
+    """Raises OSError."""
+    with open(path, "rb") as file:
+        pid, _, says = file.read(4096).decode(errors="surrogateescape").partition("\n")
+    return Holder(pid.strip() or "unknown", says.strip())
 
 
 def check_format(path: Path) -> None:

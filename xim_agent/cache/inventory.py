@@ -43,16 +43,19 @@ class Inventory:
     quarantine: int = 0
     other: int = 0
 
+    def tiers(self) -> dict[str, int]:
+        return {
+            "blobs": sum(self.blobs.values()),
+            "ready": sum(m.ready for m in self.models.values()),
+            "partial": sum(p.bytes for p in self.partials.values()),
+            "quarantine": self.quarantine,
+            "compile": sum(self.compile.values()),
+            "other": self.other,
+        }
+
     @property
     def total(self) -> int:
-        return (
-            sum(m.ready for m in self.models.values())
-            + sum(self.blobs.values())
-            + sum(p.bytes for p in self.partials.values())
-            + sum(self.compile.values())
-            + self.quarantine
-            + self.other
-        )
+        return sum(self.tiers().values())
 
     def only_of(self, manifest: str) -> frozenset[str]:
         """Blobs that no other model keeps."""

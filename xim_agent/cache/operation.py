@@ -10,7 +10,8 @@ import trio
 from xim_agent import files
 from xim_agent.cache.download import WORKERS, Fetch
 from xim_agent.cache.index import Entry
-from xim_agent.cache.inventory import Evict, allocated
+from xim_agent.cache.inventory import Evict, What, allocated
+from xim_agent.cache.ledger import Cause, cause
 from xim_agent.cache.manifest import Manifest, ManifestRefused, parse
 from xim_agent.cache.partial import Partial
 from xim_agent.cache.plan import STALE, Drain, Expand, Limits, Need, Plan, plan
@@ -65,7 +66,8 @@ class Operation:
                 await _thread(self.store.forget_empty)
                 raise refusal
             log.warning("resumed files do not verify, starting over", extra={"model": self.model.name})
-        await _thread(self._remember, manifest)
+        async with self.cache.changing:
+            await _thread(self._remember, manifest)
         return self.store.ready[self.digest]
 
     async def _manifest(self) -> Manifest:
@@ -107,18 +109,16 @@ class Operation:
             trouble=self._trouble,
             room=self._room,
         )
-        await self._steps(_need(self.digest, manifest, partial), fetch)
-        await _thread(self.store.publish, partial, self.digest, self.model.id, self.model.revision)
-        extra = {"model": self.model.name, "revision": self.model.revision, "bytes": manifest.size}
-        log.info("model is ready in the cache", extra=extra)
+        with cache.ledger.transfer(self.model):
+            await self._steps(_need(self.digest, manifest, partial), fetch)
+            async with cache.changing:
+                await _thread(self.store.publish, partial, self.digest, self.model.id, self.model.revision)
 
     async def _steps(self, need: Need, fetch: Fetch | None) -> None:
-        todo = await self._plan(need)
+        todo, causes = await self._plan(need)
         for step in todo.steps:
             if isinstance(step, Evict):
-                log.info("evicting", extra={"what": step.what, "key": step.key, "bytes": step.bytes})
-                await _thread(self.store.evict, step)
-                self.cache.evictions[step.what] += 1
+                await self.cache.evict(step, causes[step.what, step.key])
             elif isinstance(step, Drain) and self.release is not None:
                 await self.release()
             elif isinstance(step, FetchStep) and fetch is not None:
@@ -126,7 +126,7 @@ class Operation:
             elif isinstance(step, Expand) and fetch is not None:
                 await fetch.expand(step.keep)
 
-    async def _plan(self, need: Need) -> Plan:
+    async def _plan(self, need: Need) -> tuple[Plan, dict[tuple[What, str], Cause]]:
         inventory = await _thread(self.store.scan)
         disk = await _thread(files.disk, self.store.root)
         entries = await _thread(self.store.index.entries)
@@ -137,7 +137,7 @@ class Operation:
         log.debug("cache plan", extra={**extra, "steps": [str(s) for s in todo.steps]})
         if any(isinstance(s, Drain) for s in todo.steps):
             log.warning("no room for both models, serving stops while the next one is prepared", extra=extra)
-        return todo
+        return todo, {(s.what, s.key): cause(s, inventory, limits) for s in todo.steps if isinstance(s, Evict)}
 
     def _remember(self, manifest: Manifest) -> None:
         now, model = self.cache.clock.now(), self.model
@@ -145,6 +145,7 @@ class Operation:
         for key, partial in self.store.scan().partials.items():
             if partial.used < now - STALE:
                 self.store.drop_partial(key)
+                self.cache.ledger.evicted(Evict("partial", key, partial.bytes), Cause("stale", now - partial.used), "")
         self.store.forget_empty()
 
     def _trouble(self, text: str | None) -> None:

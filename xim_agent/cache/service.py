@@ -4,7 +4,6 @@ import logging
 import random
 import re
 import sqlite3
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +12,11 @@ from typing import Self
 
 import trio
 
+from xim_agent import files
 from xim_agent.backoff import Backoff
+from xim_agent.cache import claim
+from xim_agent.cache.inventory import Evict, Inventory
+from xim_agent.cache.ledger import Cause, Ledger
 from xim_agent.cache.manifest import check_component, manifest_digest
 from xim_agent.cache.operation import Operation
 from xim_agent.cache.plan import Holds
@@ -25,6 +28,11 @@ from xim_agent.health import Health
 from xim_agent.mesh.messages import ModelRef, Progress
 
 log = logging.getLogger("xim_agent.cache")
+
+LOOK = 30.0
+COMMAND_SECONDS = 60.0  # how long the start waits for an operator's command that has the cache
+DAMAGED = "cache_damaged"  # health condition: files of the running model are not what they should be
+_AGAIN = 0.2
 
 
 @dataclass(frozen=True)
@@ -42,16 +50,29 @@ class CachedModel:
 
 @dataclass(frozen=True)
 class CacheStatistics:
-    """Bytes as allocated at the last look, which is taken before and after every operation; the rest counts up."""
+    """Bytes as allocated at the last look, which is taken around every operation and every `LOOK` seconds.
+
+    `tiers`: parts of `bytes_used`; `fetch_*`: the transfer that runs now, in bytes, None while none does. Evictions by
+    kind and reason; `last_eviction_age`: seconds between the last use of what went last and its end. What else there
+    is counts up.
+    """
 
     bytes_used: int
+    tiers: Mapping[str, int]
     bound: int
+    disk_free: int
+    fetch_done: int | None
+    fetch_total: int | None
+    fetch_rate: float | None
+    fetch_seconds_left: float | None
     network_bytes: int
     hit_bytes: int
     stalls: int
     retries: int
     wrong_blobs: int
-    evictions: Mapping[str, int]
+    evictions: Mapping[str, Mapping[str, int]]
+    evicted_bytes: Mapping[str, int]
+    last_eviction_age: float | None
     models: tuple[CachedModel, ...]
 
 
@@ -86,23 +107,41 @@ class Cache:
         self.directory, self.max_bytes, self.downloads, self.source = directory, max_bytes, downloads, source
         self.allow_unsafe, self.clock, self.health, self.rand, self.backoff = allow_unsafe, clock, health, rand, backoff
         self.counters = Counters()
-        self.evictions: Counter[str] = Counter()
+        self.ledger = Ledger(self.counters, clock)
+        self.preparing: str | None = None
+        self.changing = trio.Lock()  # held for every removal and publication, and while an operation begins
         self._store: Store | None = None
         self._one = trio.Lock()
         self._pinned: set[str] = set()
         self._vllm: str | None = None
-        self._used = 0
+        self._inventory, self._free = Inventory(), 0
         self._models: tuple[CachedModel, ...] = ()
 
     async def __aenter__(self) -> Self:
         with _named("cache_directory", self.directory):
-            self._store = await trio.to_thread.run_sync(Store.open, self.directory)
+            self._store = await self._open()
             try:
-                await trio.to_thread.run_sync(self._look)
+                await trio.to_thread.run_sync(self.look)
             except BaseException:
                 self._store.close()
                 raise
         return self
+
+    async def _open(self) -> Store:
+        """An operator's command that has the cache for a moment is waited for; at first nobody has said who it is."""
+        begin = trio.current_time()
+        while True:
+            try:
+                return await trio.to_thread.run_sync(Store.open, self.directory)
+            except AgentError as e:
+                if e.code != "cache_in_use":
+                    raise
+                held = e
+            says = (await trio.to_thread.run_sync(claim.holder, self.directory / claim.LOCK)).says
+            patience = {claim.COMMAND: COMMAND_SECONDS, "": claim.SILENT_SECONDS}.get(says, 0.0)
+            if trio.current_time() >= begin + patience:
+                raise held
+            await trio.sleep(_AGAIN)
 
     async def __aexit__(self, *_: object) -> None:
         self.store.close()
@@ -131,13 +170,21 @@ class Cache:
         digest = manifest_digest(model.manifest)
         check_component(model.id)
         check_component(model.revision)
+
+        def tell(progress: Progress) -> None:
+            self.ledger.progress = progress
+            report(progress)
+
         async with self._one:
-            operation = Operation(self, model, digest, report, release)
+            async with self.changing:
+                self.preparing = digest
+            operation = Operation(self, model, digest, tell, release)
             try:
                 with _named("cache_io", self.directory):
                     path = await operation.run()
-                    await trio.to_thread.run_sync(self._look)
+                    await trio.to_thread.run_sync(self.look)
             finally:
+                self.preparing = self.ledger.progress = None
                 self.health.clear("model_fetch")
                 self.health.clear("cache_disk_full")
             return path
@@ -148,6 +195,7 @@ class Cache:
 
     def unpin(self, model: ModelRef) -> None:
         self._pinned.discard(manifest_digest(model.manifest))
+        self.health.clear(DAMAGED)
 
     def compile_cache_dir(self, vllm_version: str) -> Path:
         """Where this vLLM keeps what it compiled; counted in the bound, that of other versions goes first.
@@ -161,20 +209,54 @@ class Cache:
         return path
 
     def statistics(self) -> CacheStatistics:
-        c = self.counters
+        c, led, now = self.counters, self.ledger, self.ledger.progress
         return CacheStatistics(
-            self._used,
-            self.max_bytes,
-            c.network_bytes,
-            c.hit_bytes,
-            c.stalls,
-            c.retries,
-            c.wrong_blobs,
-            dict(self.evictions),
-            self._models,
+            bytes_used=self._inventory.total,
+            tiers=self._inventory.tiers(),
+            bound=self.max_bytes,
+            disk_free=self._free,
+            fetch_done=now.done if now else None,
+            fetch_total=now.total if now else None,
+            fetch_rate=now.rate if now else None,
+            fetch_seconds_left=led.seconds_left,
+            network_bytes=c.network_bytes,
+            hit_bytes=c.hit_bytes,
+            stalls=c.stalls,
+            retries=c.retries,
+            wrong_blobs=c.wrong_blobs,
+            evictions={kind: dict(reasons) for kind, reasons in led.evictions.items()},
+            evicted_bytes=dict(led.evicted_bytes),
+            last_eviction_age=led.last_age,
+            models=self._models,
         )
 
-    # -- for operations ------------------------------------------------------------------------------------------
+    async def watch(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Looks at the disk every `LOOK` seconds, for the statistics. Never returns."""
+        task_status.started()
+        while True:
+            await trio.sleep(LOOK)
+            try:
+                await trio.to_thread.run_sync(self.look)
+            except (OSError, sqlite3.Error) as e:
+                log.warning("the model cache cannot be looked at", extra={"error": str(e)})
+
+    # -- for operations and operators' commands ------------------------------------------------------------------
+
+    @property
+    def in_use(self) -> frozenset[str]:
+        """Manifests of what the engine has open."""
+        return frozenset(self._pinned)
+
+    async def evict(self, step: Evict, why: Cause) -> None:
+        """Raises OSError, sqlite3.Error."""
+        async with self.changing:
+            await self.evict_here(step, why)
+
+    async def evict_here(self, step: Evict, why: Cause) -> None:
+        """For who holds `changing`."""
+        known = self.store.known.get(step.key)
+        await trio.to_thread.run_sync(self.store.evict, step)
+        self.ledger.evicted(step, why, known.name if known else "")
 
     def holds(self, can_drain: bool, pinned: frozenset[str]) -> Holds:
         """`pinned`: by the operator. Where nothing can be drained, what is in use counts as pinned too."""
@@ -186,19 +268,21 @@ class Cache:
         """The version whose compile cache is in use."""
         return self._vllm
 
-    def _look(self) -> None:
+    def look(self) -> Inventory:
+        """Takes in what is on the disk. Blocks; raises OSError, sqlite3.Error."""
         inventory, entries = self.store.scan(), self.store.index.entries()
-        self._used = inventory.total
+        self._inventory, self._free = inventory, files.disk(self.store.root).free
         self._models = tuple(
             CachedModel(
                 digest,
                 entries[digest].id,
                 entries[digest].name,
                 entries[digest].revision,
-                sum(inventory.blobs[b] for b in model.chunks),
+                sum(inventory.blobs.get(b, 0) for b in model.chunks),
                 model.ready,
                 digest in self._pinned,
             )
             for digest, model in inventory.models.items()
             if digest in entries
         )
+        return inventory

@@ -137,11 +137,15 @@ class Store:
         """Manifests of which nothing is left on the disk go."""
         present = {p.name for d in _directories(self.root / "blobs") for p in d.iterdir()}
         partials = {p.name for p in (self.root / "partial").iterdir()}
-        for digest in self.known.keys() - self.ready.keys() - partials:
-            if not self.known[digest].blobs & present:
-                self._manifest(digest).unlink(missing_ok=True)
-                del self.known[digest]
-                self.index.remove(digest)
+        for digest, known in dict(self.known).items():
+            if digest not in self.ready and digest not in partials and not known.blobs & present:
+                self.forget(digest)
+
+    def forget(self, digest: str) -> None:
+        """The manifest goes; nothing else of the model may be left."""
+        self._manifest(digest).unlink(missing_ok=True)
+        self.known.pop(digest, None)
+        self.index.remove(digest)
 
     # -- blobs ---------------------------------------------------------------------------------------------------
 
@@ -179,9 +183,13 @@ class Store:
         path = self.ready.get(digest)
         if path is None or all(_size(path / f.path) == f.size for f in manifest.files):
             return path
-        self._retire(path, f"damaged-{digest}")
-        del self.ready[digest]
+        self.retire_damaged(digest)
         return None
+
+    def retire_damaged(self, digest: str) -> None:
+        """A ready copy that is not what its manifest says goes to the quarantine."""
+        self._retire(self.ready[digest], f"damaged-{digest}")
+        del self.ready[digest]
 
     def publish(self, partial: Partial, digest: str, model_id: str, revision: str) -> Path:
         """One rename makes the model ready. A place taken by other content of the same revision is left alone."""
@@ -215,7 +223,8 @@ class Store:
             for path in (self.root / "quarantine").iterdir():
                 files.remove_tree(path)
         elif step.what == "ready":
-            files.remove_tree(self._retire(self.ready.pop(step.key), f"evicted-{step.key}"))
+            if step.key in self.ready:  # else an operator was faster
+                files.remove_tree(self._retire(self.ready.pop(step.key), f"evicted-{step.key}"))
         elif step.what == "partial":
             self.drop_partial(step.key)
         elif step.what == "compile":
@@ -224,12 +233,8 @@ class Store:
             self.drop_blob(blob)
 
     def scan(self) -> Inventory:
-        """What is on the disk now, as allocated."""
-        blobs = {
-            e.name: e.stat(follow_symlinks=False).st_blocks * 512
-            for d in _directories(self.root / "blobs")
-            for e in os.scandir(d)
-        }
+        """What is on the disk now, as allocated; other threads may add and remove meanwhile."""
+        blobs = {e.name: files.disk_bytes(Path(e)) for d in _directories(self.root / "blobs") for e in os.scandir(d)}
         entries = self.index.entries()
         models = {}
         for digest in self.known.keys() | self.ready.keys():
@@ -240,10 +245,10 @@ class Store:
                 used=entries[digest].used if digest in entries else 0.0,
                 chunks=chunks,
                 complete=known is not None and chunks == known.blobs,
-                ready=files.disk_bytes(self.ready[digest]) if digest in self.ready else 0,
+                ready=files.disk_bytes(path) if (path := self.ready.get(digest)) is not None else 0,
             )
         partials = {
-            p.name: PartialBytes(files.disk_bytes(p), p.stat().st_mtime) for p in (self.root / "partial").iterdir()
+            p.name: PartialBytes(files.disk_bytes(p), files.modified(p)) for p in (self.root / "partial").iterdir()
         }
         compiled = {p.name: files.disk_bytes(p) for p in _directories(self.root / "compile")}
         quarantine = sum(files.disk_bytes(p) for p in (self.root / "quarantine").iterdir())

@@ -85,7 +85,9 @@ class Retry:
         delay = max(delay, _SUSPENDED) if error.action is Action.WAIT else delay
         self._counters.retries += 1
         self._trouble(error.message)
-        log.debug("transfer failed, trying again", extra={"error": error.message, "seconds": round(delay, 1)})
+        first = self._backoff.failures == 1  # of many transfers that fail for long, one line each; the rest is counted
+        extra = {"code": error.code, "error": error.message, "seconds": round(delay, 1)}
+        log.log(logging.INFO if first else logging.DEBUG, "transfer failed, trying again", extra=extra)
         await trio.sleep(delay)
 
 
@@ -142,4 +144,5 @@ async def _next(pieces: Pieces, counters: Counters) -> bytes | None:
     with trio.move_on_after(STALL):
         return await anext(pieces, None)
     counters.stalls += 1
+    log.warning("transfer stalls", extra={"seconds": STALL})
     raise RouterError("blob_stalled", f"no byte of a blob for {STALL:.0f} s")

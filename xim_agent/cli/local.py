@@ -16,7 +16,7 @@ import click
 from xim_agent.cli.ask import ask
 from xim_agent.cli.common import configured
 from xim_agent.cli.options import AgentCommand
-from xim_agent.cli.progress import Display, bytes_text
+from xim_agent.cli.progress import Display
 from xim_agent.config.fields import OPTIONS
 from xim_agent.errors import AgentError, Exit
 
@@ -82,9 +82,7 @@ async def _until_ready(made: Any, display: Display) -> None:
         elif progress.stage == "engine":
             display.show(f"vLLM: {progress.text or 'starting'}")
         else:
-            detail = bytes_text(progress.done, progress.total, progress.rate)
-            title = "fetching the model" if progress.stage == "fetch" else "verifying the model"
-            display.show(title, done=progress.done, total=progress.total, detail=detail)
+            display.transfer(progress)
         await trio.sleep(0.2)
 
 

@@ -3,11 +3,12 @@
 import sys
 import time
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.text import Text
 
 _EVERY_SECONDS = 10.0
 
@@ -35,11 +36,12 @@ class Display:
         self._live: Progress | None = None
         self._task: TaskID | None = None
         if sys.stderr.isatty():
+            console = Console(stderr=True)
             self._live = Progress(
                 TextColumn("{task.description:<22}"),
-                BarColumn(bar_width=30),
+                BarColumn(bar_width=30 if console.width >= 100 else 8),  # in 80 columns the figures fit, too
                 TextColumn("{task.fields[detail]}"),
-                console=Console(stderr=True),
+                console=console,
                 transient=True,
             )
 
@@ -53,7 +55,8 @@ class Display:
 
     def show(self, title: str, *, done: float = 0, total: float = 0, detail: str = "") -> None:
         """`done` of `total` in any unit (total 0: no bar yet); `detail` is what stands behind the bar."""
-        if title != self._title:
+        new = title != self._title
+        if new:
             self._end()
             self._title, self._began = title, time.monotonic()
             if self._live:
@@ -61,7 +64,7 @@ class Display:
         seconds = time.monotonic() - self._began
         if self._live and self._task is not None:
             text = detail or f"{seconds:.0f} s"
-            self._live.update(self._task, completed=done, total=total or None, detail=text)
+            self._live.update(self._task, completed=done, total=total or None, detail=text, refresh=new)
         else:
             key, at = self._last
             if key != title or time.monotonic() - at >= _EVERY_SECONDS:
@@ -72,6 +75,23 @@ class Display:
         self._end(failed)
         if self._live:
             self._live.stop()
+
+    def transfer(self, progress: Any) -> None:
+        """`progress`: a `messages.Progress` of the stages fetch and verify."""
+        title = "fetching the model" if progress.stage == "fetch" else "verifying the model"
+        detail = bytes_text(progress.done, progress.total, progress.rate)
+        self.show(title, done=progress.done, total=progress.total, detail=detail)
+
+    def write(self, text: str) -> int:
+        """As of a stream, for whole lines with the colours of a terminal: they go above the bar."""
+        if self._live:
+            self._live.console.print(Text.from_ansi(text.rstrip("\n")), soft_wrap=True, highlight=False)
+        else:
+            click.echo(text, err=True, nl=False)
+        return len(text)
+
+    def flush(self) -> None:
+        pass
 
     def say(self, text: str) -> None:
         if self._live:

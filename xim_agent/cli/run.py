@@ -1,3 +1,4 @@
+import sys
 from typing import Any
 
 from xim_agent.cli.common import configured
@@ -5,11 +6,17 @@ from xim_agent.cli.options import agent_command
 
 
 async def _run(config: Any, guard: Any) -> None:
+    import trio
+
     from xim_agent import agent
     from xim_agent.assemble import assemble
+    from xim_agent.cli.bar import show_transfers
 
-    async with assemble(config, guard) as made:
+    async with assemble(config, guard) as made, trio.open_nursery() as nursery:
+        if sys.stderr.isatty():
+            nursery.start_soon(show_transfers, lambda: made.assignment.progress)
         await agent.run(made.parts)
+        nursery.cancel_scope.cancel()
 
 
 @agent_command("run", "Serve models as a worker of a router; enrolls first when there is no credential.")

@@ -14,6 +14,12 @@ MAX_SOCKET_PATH = 100
 _LONGEST_NAME = len("/engine.sock") + 36
 
 
+def control_name(cache: Path) -> str:
+    """Name of the control socket of the agent that has this cache; agents may be given one directory for them all."""
+    info = cache.stat()
+    return f"control-{hashlib.sha256(f'{info.st_dev}:{info.st_ino}'.encode()).hexdigest()[:8]}.sock"
+
+
 def runtime_directory(config_path: Path, environ: Mapping[str, str]) -> Path:
     """Makes and returns the first usable of $RUNTIME_DIRECTORY, $XDG_RUNTIME_DIR, the config directory, /tmp.
 

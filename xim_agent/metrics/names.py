@@ -12,8 +12,8 @@ class Metric:
     """A counter when `name` ends in `_total`, else a gauge.
 
     `attr` is a dotted path into what part `part` reports, empty for the report itself; a None there means no sample.
-    With one label the value there is a mapping from that label's value to a number. `info` rows are 1, with the
-    attributes named in `labels` as labels.
+    With labels the value there is a mapping from the first one's value to a number, or to such a mapping of the next
+    one. `info` rows are 1, with the attributes named in `labels` as labels.
     """
 
     name: str
@@ -74,12 +74,26 @@ METRICS: tuple[Metric, ...] = (
     ),
     # cache
     Metric("xim_agent_cache_bytes", "Disk space used by the model cache", "cache", "bytes_used"),
+    Metric("xim_agent_cache_tier_bytes", "Disk space used, by what for", "cache", "tiers", ("tier",)),
     Metric("xim_agent_cache_bound_bytes", "Most the model cache may use", "cache", "bound"),
+    Metric("xim_agent_cache_disk_free_bytes", "Free space of the cache's disk", "cache", "disk_free"),
+    Metric("xim_agent_cache_fetch_done_bytes", "Done of the step of the transfer at work", "cache", "fetch_done"),
+    Metric("xim_agent_cache_fetch_total_bytes", "Size of the step of the transfer at work", "cache", "fetch_total"),
+    Metric("xim_agent_cache_fetch_bytes_per_second", "Speed of the transfer at work", "cache", "fetch_rate"),
+    Metric("xim_agent_cache_fetch_left_seconds", "Time the step at work still needs", "cache", "fetch_seconds_left"),
     Metric("xim_agent_cache_network_bytes_total", "Bytes of models fetched", "cache", "network_bytes"),
     Metric("xim_agent_cache_hit_bytes_total", "Bytes of models that need not be fetched", "cache", "hit_bytes"),
+    Metric("xim_agent_cache_stalls_total", "Transfers given up because no byte came", "cache", "stalls"),
     Metric("xim_agent_cache_retries_total", "Transfers tried again", "cache", "retries"),
     Metric("xim_agent_cache_wrong_blobs_total", "Blobs thrown away as damaged", "cache", "wrong_blobs"),
-    Metric("xim_agent_cache_evictions_total", "Evictions, by kind", "cache", "evictions", ("kind",)),
+    Metric("xim_agent_cache_evictions_total", "Evictions", "cache", "evictions", ("kind", "reason")),
+    Metric("xim_agent_cache_evicted_bytes_total", "Bytes evicted, by kind", "cache", "evicted_bytes", ("kind",)),
+    Metric(
+        "xim_agent_cache_last_eviction_age_seconds",
+        "What was evicted last had not been used for so long",
+        "cache",
+        "last_eviction_age",
+    ),
     # engine and what it serves
     Metric("xim_agent_engine_degraded", "1 after too many failures in a row", "engine", "degraded"),
     Metric("xim_agent_engine_ceiling", "Most requests the engine takes at once", "engine", "ceiling"),

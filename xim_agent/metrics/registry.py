@@ -49,6 +49,13 @@ def _samples(row: Metric, report: Any) -> list[tuple[list[str], float]]:
     value = reduce(getattr, row.attr.split("."), report) if row.attr else report
     if value is None:
         return []
-    if row.labels:
-        return [([str(key)], float(number)) for key, number in sorted(value.items())]
-    return [([], float(value))]
+    return list(_labelled(value, len(row.labels)))
+
+
+def _labelled(value: Any, labels: int) -> Iterator[tuple[list[str], float]]:
+    if labels == 0:
+        yield [], float(value)
+        return
+    for key, inner in sorted(value.items()):
+        for rest, number in _labelled(inner, labels - 1):
+            yield [str(key), *rest], number
