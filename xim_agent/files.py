@@ -1,10 +1,11 @@
 """File operations that survive kill -9 and power loss, and never follow a link that somebody planted."""
 
+import errno
 import fcntl
 import os
+import secrets
 import shutil
 import stat
-import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,15 @@ class Held(Exception):
 
 
 def lock(path: Path, mode: int) -> int:
-    """The descriptor that holds the kernel's lock until it, and every copy of it, is closed. Raises Held, OSError."""
+    """The descriptor that holds the kernel's lock until it, and every copy of it, is closed.
+
+    Raises Held, OSError (EMLINK where writing would write to a file that has another name too, or is none).
+    """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    info = os.fstat(fd)
+    if not stat.S_ISREG(info.st_mode) or info.st_nlink > 1:
+        os.close(fd)
+        raise OSError(errno.EMLINK, "not a file of its own", str(path))
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -45,20 +53,40 @@ def sync_directory(path: Path) -> None:
         os.close(fd)
 
 
+def sync_at(directory: int) -> None:
+    """`directory`: a descriptor of any kind, one of O_PATH too."""
+    fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def publish(path: Path, data: bytes | bytearray | memoryview, mode: int) -> None:
     """`path` with exactly `data`, or nothing: temporary file beside it, fsync, rename, fsync of the directory."""
     path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
-    fd, name = tempfile.mkstemp(prefix=TEMPORARY, dir=path.parent)
+    parent = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        publish_at(parent, path.name, data, mode)
+    finally:
+        os.close(parent)
+
+
+def publish_at(directory: int, name: str, data: bytes | bytearray | memoryview, mode: int) -> None:
+    """As `publish`. `directory`: a descriptor of it."""
+    temporary = TEMPORARY + secrets.token_hex(8)
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=directory)
     try:
         with os.fdopen(fd, "wb", buffering=0) as file:
             write_all(file.fileno(), data, 0)
             os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())
-        Path(name).rename(path)
+        os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            os.unlink(temporary, dir_fd=directory)
         raise
-    sync_directory(path.parent)
+    sync_at(directory)
 
 
 def write_all(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:

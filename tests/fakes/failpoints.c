@@ -127,6 +127,22 @@ static int reached(const char *operation, const char *what)
         return result;                                                                                                 \
     }
 
+/* The path of `name` in the directory `fd`, which may be AT_FDCWD. */
+static const char *name_at(int fd, const char *name, char *path)
+{
+    char link[40], base[PATH_MAX];
+    if (name[0] == '/' || fd == AT_FDCWD)
+        return inside(name) ? name : NULL;
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    ssize_t n = readlink(link, base, sizeof base - 1);
+    if (n < 0)
+        return NULL;
+    base[n] = 0;
+    if (snprintf(path, PATH_MAX, "%s/%s", base, name) >= PATH_MAX)
+        return NULL;
+    return inside(path) ? path : NULL;
+}
+
 #define FD name_of(fd, path)
 #define PATH(p) (inside(p) ? (p) : NULL)
 
@@ -142,8 +158,10 @@ WRAP(int, fsync, "fsync", FD, (int fd), (fd), )
 WRAP(int, fdatasync, "fsync", FD, (int fd), (fd), )
 WRAP(int, fchmod, "chmod", FD, (int fd, mode_t mode), (fd, mode), )
 WRAP(int, rename, "rename", PATH(to), (const char *from, const char *to), (from, to), )
-WRAP(int, renameat, "rename", PATH(to), (int a, const char *from, int b, const char *to), (a, from, b, to), )
+WRAP(int, renameat, "rename", name_at(b, to, path), (int a, const char *from, int b, const char *to), (a, from, b, to), )
 WRAP(int, unlink, "unlink", PATH(p), (const char *p), (p), )
+WRAP(int, unlinkat, "unlink", name_at(fd, p, path), (int fd, const char *p, int flags), (fd, p, flags), )
+WRAP(int, mkdirat, "mkdir", name_at(fd, p, path), (int fd, const char *p, mode_t mode), (fd, p, mode), )
 WRAP(int, mkdir, "mkdir", PATH(p), (const char *p, mode_t mode), (p, mode), )
 WRAP(int, connect, "connect", FD, (int fd, const struct sockaddr *a, socklen_t n), (fd, a, n), )
 WRAP(ssize_t, send, "send", FD, (int fd, const void *data, size_t n, int f), (fd, data, n, f),
@@ -156,6 +174,7 @@ WRAP(ssize_t, recvmsg, "receive", FD, (int fd, struct msghdr *m, int f), (fd, m,
 #define OPEN(name, place, declaration, call)                                                                           \
     int name declaration                                                                                               \
     {                                                                                                                  \
+        char path[PATH_MAX];                                                                                           \
         mode_t mode = 0;                                                                                               \
         if (flags & (O_CREAT | O_TMPFILE)) {                                                                           \
             __builtin_va_list list;                                                                                    \
@@ -163,7 +182,7 @@ WRAP(ssize_t, recvmsg, "receive", FD, (int fd, struct msghdr *m, int f), (fd, m,
             mode = __builtin_va_arg(list, mode_t);                                                                     \
             __builtin_va_end(list);                                                                                    \
         }                                                                                                              \
-        int then = flags & (O_CREAT | O_TRUNC) ? reached("open", PATH(p)) : OFF;                                       \
+        int then = flags & (O_CREAT | O_TRUNC) ? reached("open", name_at(place, p, path)) : OFF;                       \
         if (then == ERROR)                                                                                             \
             return -1;                                                                                                 \
         int result = REAL(name) call;                                                                                  \

@@ -1,10 +1,12 @@
 """Who may use a cache directory: one process at a time, and only an agent that knows its format."""
 
+import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from xim_agent import files
+from xim_agent.cache import tree
 from xim_agent.errors import AgentError, Exit
 
 FORMAT = "1"
@@ -14,7 +16,10 @@ COMMAND = "command"  # what holds the lock for a moment is a command of an opera
 
 
 def lock(path: Path) -> int:
-    """The descriptor that holds the lock, until it is closed or the process ends. Raises AgentError `cache_in_use`."""
+    """The descriptor that holds the lock, until it is closed or the process ends.
+
+    Raises AgentError `cache_in_use`, `cache_foreign`, OSError.
+    """
     try:
         return files.lock(path, 0o640)
     except files.Held as held:
@@ -24,6 +29,10 @@ def lock(path: Path) -> int:
             hint="give each agent on this host its own XEROTIER_AGENT_MODEL_CACHE_PATH",
             exit_code=Exit.ALREADY_RUNNING,
         ) from None
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EMLINK):
+            raise tree.Foreign(path, "not a plain file with one name") from None
+        raise
 
 
 @dataclass(frozen=True)
@@ -40,16 +49,18 @@ def announce(lock: int, says: str) -> None:
 
 
 def holder(path: Path) -> Holder:
-    """Raises OSError."""
-    with open(path, "rb") as file:
-        pid, _, says = file.read(4096).decode(errors="surrogateescape").partition("\n")
+    """Raises AgentError `cache_foreign`, OSError."""
+    data = tree.read(path.parent.resolve() / path.name, 4096) or b""
+    pid, _, says = data.decode(errors="surrogateescape").partition("\n")
     return Holder(pid.strip() or "unknown", says.strip())
 
 
 def check_format(path: Path) -> None:
-    if not path.exists():
-        files.publish(path, FORMAT.encode(), 0o640)
-    elif (found := path.read_text(errors="replace").strip()) != FORMAT:
+    """Raises AgentError `cache_format`, `cache_foreign`, OSError."""
+    data = tree.read(path, 4096)
+    if data is None:
+        tree.publish(path, FORMAT.encode(), 0o640)
+    elif (found := data.decode(errors="replace").strip()) != FORMAT:
         raise AgentError(
             "cache_format",
             f"{path.parent} has the cache format {found[:20]!r}, this agent knows {FORMAT}",

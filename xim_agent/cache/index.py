@@ -5,6 +5,8 @@ import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 
+from xim_agent.cache import tree
+
 log = logging.getLogger("xim_agent.cache")
 
 _SCHEMA = """
@@ -33,14 +35,19 @@ class Index:
     """All methods block and come from one thread at a time. They raise sqlite3.Error where the disk fails."""
 
     def __init__(self, path: Path) -> None:
+        files = [path.with_name(path.name + suffix) for suffix in ("", "-journal", "-wal", "-shm")]
+        for file in files:  # SQLite follows a link to its database, and writes through second names of all of them
+            if file.is_symlink() or (file.exists() and not file.is_dir() and not tree.is_plain(file, own=True)):
+                log.warning("what the cache did not make is removed", extra={"path": str(file)})
+                tree.remove(file)
         try:
             self._db = self._connect(path)
         except sqlite3.DatabaseError as e:
             if getattr(e, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF not in _DAMAGE:
                 raise
             log.warning("cache index is damaged, made anew from the tree", extra={"error": str(e)})
-            for suffix in ("", "-journal", "-wal", "-shm"):
-                path.with_name(path.name + suffix).unlink(missing_ok=True)
+            for file in files:
+                tree.remove(file)
             self._db = self._connect(path)
 
     @staticmethod

@@ -5,14 +5,16 @@ import re
 import stat
 import threading
 from hashlib import sha256
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from xim_agent import files
+from xim_agent.cache import tree
 from xim_agent.cache.manifest import CHUNK, MARKER, Manifest
 
 _LINE = re.compile(rb"(\d{1,9}) (\d{1,9})")
 _PIECE = 1024 * 1024
+_MAX_JOURNAL = 64 * 1024 * 1024
 
 
 class Partial:
@@ -20,26 +22,43 @@ class Partial:
 
     A journal line is written after the bytes it speaks of are on the disk (fdatasync), so what it says survives a power
     loss; a line that is torn, or whose file is too short, is as good as absent.
+
+    Raises tree.Foreign where a link, or what else is not ours, turns up while it is in use; what is found at its start
+    or end is removed.
     """
 
     def __init__(self, root: Path, manifest: Manifest) -> None:
         self.root = root
         self.files = root / "files"
         self.manifest = manifest
-        self.files.mkdir(mode=0o750, parents=True, exist_ok=True)
-        for left in (*self.root.glob(files.TEMPORARY + "*"), *self.files.glob(files.TEMPORARY + "*")):
-            files.remove_tree(left)  # of a crash; what lies in `files` would become part of the model
+        tree.make_directory(root)
         self._journal = root / "journal"
+        for path in root.iterdir():
+            folder = path == self.files and path.is_dir() and not path.is_symlink()
+            if not folder and not (path == self._journal and tree.is_plain(path, own=True)):
+                tree.remove(path)
+        tree.make_directory(self.files)
+        self._tidy()
         self._directories: set[Path] = set()
         self._lock = threading.Lock()
         self.done = self._load()
 
+    def _tidy(self) -> None:
+        """What is in `files` becomes the model: what the manifest does not name, and what is no plain file, goes."""
+        names = {f.path for f in self.manifest.files}
+        folders = {p.as_posix() for name in names for p in PurePosixPath(name).parents}
+        for here, inner, plain in os.walk(self.files):
+            for name in [*inner, *plain]:
+                path = Path(here) / name
+                relative = path.relative_to(self.files).as_posix()
+                if relative in names and tree.is_plain(path, own=True):
+                    continue
+                if relative not in folders or path.is_symlink() or not path.is_dir():
+                    tree.remove(path)
+
     def _load(self) -> set[tuple[int, int]]:
         """Also rewrites the journal, so that the next line does not continue a torn one."""
-        try:
-            lines = self._journal.read_bytes().split(b"\n")[:-1]
-        except FileNotFoundError:
-            lines = []
+        lines = (tree.read(self._journal, _MAX_JOURNAL) or b"").split(b"\n")[:-1]
         sizes: dict[int, int] = {}
         done = set()
         for line in lines:
@@ -50,7 +69,7 @@ class Partial:
                 end = j * CHUNK + self.manifest.files[i].chunks[j].size
                 if sizes.setdefault(i, self._size(i)) >= end:
                     done.add((i, j))
-        files.publish(self._journal, b"".join(b"%d %d\n" % pair for pair in sorted(done)), 0o640)
+        tree.publish(self._journal, b"".join(b"%d %d\n" % pair for pair in sorted(done)), 0o640)
         return done
 
     def _size(self, i: int) -> int:
@@ -77,7 +96,7 @@ class Partial:
         finally:
             os.close(fd)
         line = b"%d %d\n" % (i, j)
-        fd = os.open(self._journal, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
+        fd = tree.open_file(self._journal, os.O_WRONLY | os.O_APPEND, own=True)
         try:
             os.write(fd, line)
         finally:
@@ -87,7 +106,7 @@ class Partial:
     def _open(self, i: int) -> int:
         path = self._path(i)
         self._make_directory(path.parent)
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        return tree.open_file(path, os.O_RDWR | os.O_CREAT, own=True)
 
     def _make_directory(self, path: Path) -> None:
         with self._lock:
@@ -95,14 +114,12 @@ class Partial:
                 full = self.files / directory
                 if full in self._directories:
                     continue
-                full.mkdir(mode=0o750, exist_ok=True)
-                if not stat.S_ISDIR(full.lstat().st_mode):
-                    raise NotADirectoryError(20, "not a directory of our own", str(full))
+                tree.make_directory(full)
                 self._directories.add(full)
 
     def hash_chunk(self, hasher: Any, i: int, j: int) -> None:
         """Feeds what the disk holds of this chunk to `hasher`."""
-        fd = os.open(self._path(i), os.O_RDONLY | os.O_NOFOLLOW)
+        fd = tree.open_file(self._path(i), os.O_RDONLY, own=False)
         try:
             offset, left = j * CHUNK, self.manifest.files[i].chunks[j].size
             while left and (piece := os.pread(fd, min(left, _PIECE), offset)):
@@ -123,14 +140,15 @@ class Partial:
 
     def seal(self, digest: str) -> Path:
         """Files read-only, marker written, everything durable. The directory is then ready to be renamed into place."""
+        self._tidy()
         for i in range(len(self.manifest.files)):
-            fd = os.open(self._path(i), os.O_RDONLY | os.O_NOFOLLOW)
+            fd = tree.open_file(self._path(i), os.O_RDONLY, own=True)
             try:
                 os.fchmod(fd, 0o440)
                 os.fsync(fd)
             finally:
                 os.close(fd)
-        files.publish(self.files / MARKER, digest.encode(), 0o440)
+        tree.publish(self.files / MARKER, digest.encode(), 0o440)
         for directory, _, _ in os.walk(self.files, topdown=False):
-            files.sync_directory(Path(directory))
+            tree.sync(Path(directory))
         return self.files

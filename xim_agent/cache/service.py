@@ -14,7 +14,7 @@ import trio
 
 from xim_agent import files
 from xim_agent.backoff import Backoff
-from xim_agent.cache import claim
+from xim_agent.cache import claim, tree
 from xim_agent.cache.inventory import Evict, Inventory
 from xim_agent.cache.ledger import Cause, Ledger
 from xim_agent.cache.manifest import check_component, manifest_digest
@@ -82,7 +82,8 @@ def _named(code: str, directory: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, sqlite3.Error) as e:
-        raise AgentError(code, f"cannot use the model cache {directory}: {e}", exit_code=Exit.STATE) from e
+        text = f"cannot use the model cache {directory}: {e}"
+        raise AgentError(code, text, hint="check owner, modes and disk of that directory", exit_code=Exit.STATE) from e
 
 
 class Cache:
@@ -205,7 +206,9 @@ class Cache:
         self._vllm = re.sub(r"[^A-Za-z0-9._+-]", "_", vllm_version).lstrip(".") or "unknown"
         path = self.store.root / "compile" / self._vllm
         with _named("cache_io", self.directory):
-            path.mkdir(mode=0o750, exist_ok=True)
+            if path.is_symlink():
+                tree.remove(path)
+            tree.make_directory(path)
         return path
 
     def statistics(self) -> CacheStatistics:

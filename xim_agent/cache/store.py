@@ -1,23 +1,25 @@
 """The cache directory: what lies where, and the few ways in which it changes. Everything blocks."""
 
+import logging
 import os
 import re
+import stat
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
-import msgspec
-
 from xim_agent import files
-from xim_agent.cache import claim
+from xim_agent.cache import claim, tree
 from xim_agent.cache.index import Entry, Index
 from xim_agent.cache.inventory import Evict, Inventory, Model
 from xim_agent.cache.inventory import Partial as PartialBytes
-from xim_agent.cache.manifest import CHUNK, MARKER, Manifest
+from xim_agent.cache.manifest import CHUNK, MARKER, MAX_MANIFEST, Manifest, ManifestRefused, check
 from xim_agent.cache.partial import Partial
+from xim_agent.cache.sweep import FOLDERS, sweep
 
-_FOLDERS = ("blobs", "manifests", "ready", "partial", "quarantine", "compile")
+log = logging.getLogger("xim_agent.cache")
+
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -45,13 +47,13 @@ class Store:
     def open(cls, directory: Path) -> "Store":
         """Takes the lock and adopts the tree.
 
-        Raises AgentError `cache_in_use`, `cache_format`, OSError, sqlite3.Error; then nothing stays open.
+        Raises AgentError `cache_in_use`, `cache_format`, `cache_foreign`, OSError, sqlite3.Error; then nothing stays
+        open.
         """
         root = directory.expanduser().resolve()
-        for name in _FOLDERS:
-            (root / name).mkdir(mode=0o750, parents=True, exist_ok=True)
-            if (root / name).is_symlink():
-                raise NotADirectoryError(20, "a link instead of a directory", str(root / name))
+        root.mkdir(mode=0o750, parents=True, exist_ok=True)
+        for name in FOLDERS:
+            tree.make_directory(root / name)
         with ExitStack() as opened:
             lock = claim.lock(root / "lock")
             opened.callback(os.close, lock)
@@ -69,33 +71,38 @@ class Store:
     # -- adoption ------------------------------------------------------------------------------------------------
 
     def _adopt(self) -> None:
-        for folder in (self.root / "blobs", *_directories(self.root / "blobs"), self.root / "manifests", self.root):
-            for left in folder.glob(files.TEMPORARY + "*"):
-                files.remove_tree(left)
-        for left in (self.root / "quarantine").glob("evicted-*"):
-            files.remove_tree(left)
-        for path in (self.root / "manifests").glob("*.json"):
+        sweep(self.root)
+        for path in (self.root / "manifests").iterdir():
             data = self.load_manifest(path.stem)
             if data is not None:
-                self._learn(path.stem, msgspec.json.decode(data, type=Manifest))
+                self._adopt_manifest(path.stem, data)
         for model in _directories(self.root / "ready"):
             for revision in _directories(model):
                 self._adopt_ready(revision)
         for path in (self.root / "partial").iterdir():
             if path.name not in self.known:
-                files.remove_tree(path)
+                tree.remove(path)
         self._adopt_index()
         self.forget_empty()
 
+    def _adopt_manifest(self, digest: str, data: bytes) -> None:
+        """Whoever can write here can name a file by its digest, so that the name proves nothing."""
+        try:
+            self._learn(digest, check(data))
+        except ManifestRefused as e:
+            log.warning("stored manifest is refused", extra={"manifest": digest, "error": e.message})
+            tree.remove(self._manifest(digest))
+
     def _adopt_ready(self, path: Path) -> None:
         try:
-            digest = (path / MARKER).read_text()
-        except (OSError, UnicodeDecodeError):
+            digest = (tree.read(path / MARKER, 64) or b"").decode(errors="replace")
+        except (OSError, tree.Foreign):
             digest = ""
         if _DIGEST.fullmatch(digest) and digest not in self.ready:
             self.ready[digest] = path
         else:
-            self._retire(path, f"unmarked-{path.parent.name[:100]}-{path.name[:100]}")
+            name = sha256(os.fsencode(path)).hexdigest()[:32]  # its own could be too long, or hide in a listing
+            self._retire(path, f"unmarked-{name}")
 
     def _adopt_index(self) -> None:
         entries = self.index.entries()
@@ -114,19 +121,20 @@ class Store:
         return self.root / "manifests" / f"{digest}.json"
 
     def load_manifest(self, digest: str) -> bytes | None:
-        """The bytes with this SHA-256; a file with other bytes is removed."""
+        """The bytes with this SHA-256; what else has that name is removed."""
+        path = self._manifest(digest)
         try:
-            data = self._manifest(digest).read_bytes()
-        except FileNotFoundError:
+            data = tree.read(path, MAX_MANIFEST)
+        except (tree.Foreign, IsADirectoryError):
+            data = b""
+        if data is not None and sha256(data).hexdigest() != digest:
+            tree.remove(path)
             return None
-        if sha256(data).hexdigest() == digest:
-            return data
-        self._manifest(digest).unlink(missing_ok=True)
-        return None
+        return data
 
     def save_manifest(self, digest: str, data: bytes, manifest: Manifest) -> None:
         if digest not in self.known:
-            files.publish(self._manifest(digest), data, 0o640)
+            tree.publish(self._manifest(digest), data, 0o640)
             self._learn(digest, manifest)
 
     def _learn(self, digest: str, manifest: Manifest) -> None:
@@ -143,7 +151,7 @@ class Store:
 
     def forget(self, digest: str) -> None:
         """The manifest goes; nothing else of the model may be left."""
-        self._manifest(digest).unlink(missing_ok=True)
+        tree.remove(self._manifest(digest))
         self.known.pop(digest, None)
         self.index.remove(digest)
 
@@ -153,22 +161,23 @@ class Store:
         return self.root / "blobs" / digest[:2] / digest
 
     def has_blob(self, digest: str) -> bool:
-        return self.blob(digest).is_file()
+        return tree.is_plain(self.blob(digest), own=False)
 
     def read_blob(self, digest: str) -> bytes | None:
-        """The stored bytes, not verified; None when absent."""
+        """The stored bytes, not verified; None when absent. What cannot be a chunk is removed."""
         try:
-            fd = os.open(self.blob(digest), os.O_RDONLY | os.O_NOFOLLOW)
-        except FileNotFoundError:
+            return tree.read(self.blob(digest), CHUNK)
+        except (tree.Foreign, IsADirectoryError):
+            self.drop_blob(digest)
             return None
-        with os.fdopen(fd, "rb", buffering=0) as file:
-            return file.read(CHUNK + 1)
 
     def write_blob(self, digest: str, data: bytes | bytearray) -> None:
-        files.publish(self.blob(digest), data, 0o640)
+        path = self.blob(digest)
+        tree.make_directory(path.parent)
+        tree.publish(path, data, 0o640)
 
     def drop_blob(self, digest: str) -> None:
-        self.blob(digest).unlink(missing_ok=True)
+        tree.remove(self.blob(digest))
 
     # -- partial and ready ---------------------------------------------------------------------------------------
 
@@ -176,12 +185,21 @@ class Store:
         return Partial(self.root / "partial" / digest, manifest)
 
     def drop_partial(self, digest: str) -> None:
-        files.remove_tree(self.root / "partial" / digest)
+        tree.remove(self.root / "partial" / digest)
 
     def whole_ready(self, digest: str, manifest: Manifest) -> Path | None:
-        """The ready directory if it has every file at its size; one that was damaged is retired."""
+        """The ready directory if it has the files of the manifest at their sizes and nothing else.
+
+        One that was damaged, or where somebody put a link or one file more, is retired. What the files hold is not
+        read: that takes as long as making them again (`cache verify` does it).
+        """
         path = self.ready.get(digest)
-        if path is None or all(_size(path / f.path) == f.size for f in manifest.files):
+        if path is None:
+            return None
+        found = tree.content(path)
+        found.pop(MARKER, None)
+        sizes = {name: info.st_size for name, info in found.items() if stat.S_ISREG(info.st_mode)}
+        if len(sizes) == len(found) and sizes == {f.path: f.size for f in manifest.files}:
             return path
         self.retire_damaged(digest)
         return None
@@ -195,12 +213,12 @@ class Store:
         """One rename makes the model ready. A place taken by other content of the same revision is left alone."""
         sealed = partial.seal(digest)
         target = self.root / "ready" / model_id / revision
-        target.parent.mkdir(mode=0o750, exist_ok=True)
-        if target.exists():
+        tree.make_directory(target.parent)
+        if os.path.lexists(target):
             target = target.with_name(f"{revision}~{digest[:8]}")  # no revision contains ~
-        sealed.rename(target)
-        for directory in (target.parent, target.parent.parent, partial.root):
-            files.sync_directory(directory)
+        tree.rename(sealed, target)
+        for directory in (target, target.parent, target.parent.parent, partial.root):
+            tree.sync(directory)
         self.ready[digest] = target
         self.drop_partial(digest)
         return target
@@ -208,10 +226,10 @@ class Store:
     def _retire(self, path: Path, name: str) -> Path:
         """Out of `ready` by one rename, so that what is there is never half a model."""
         grave = self.root / "quarantine" / name
-        files.remove_tree(grave)
-        path.rename(grave)
-        files.sync_directory(grave.parent)
-        files.sync_directory(path.parent)
+        tree.remove(grave)
+        tree.rename(path, grave)
+        tree.sync(grave.parent)
+        tree.sync(path.parent)
         if not any(path.parent.iterdir()):
             path.parent.rmdir()
         return grave
@@ -221,14 +239,14 @@ class Store:
     def evict(self, step: Evict) -> None:
         if step.what == "quarantine":
             for path in (self.root / "quarantine").iterdir():
-                files.remove_tree(path)
+                tree.remove(path)
         elif step.what == "ready":
             if step.key in self.ready:  # else an operator was faster
-                files.remove_tree(self._retire(self.ready.pop(step.key), f"evicted-{step.key}"))
+                tree.remove(self._retire(self.ready.pop(step.key), f"evicted-{step.key}"))
         elif step.what == "partial":
             self.drop_partial(step.key)
         elif step.what == "compile":
-            files.remove_tree(self.root / "compile" / step.key)
+            tree.remove(self.root / "compile" / step.key)
         for blob in step.blobs:
             self.drop_blob(blob)
 
@@ -256,18 +274,11 @@ class Store:
 
     def _other(self) -> int:
         """Manifests, index, lock and the directories themselves."""
-        own = [self.root, *(self.root / f for f in _FOLDERS if f != "manifests")]
+        own = [self.root, *(self.root / f for f in FOLDERS if f != "manifests")]
         own += _directories(self.root / "blobs") + _directories(self.root / "ready")
         total = sum(d.lstat().st_blocks * 512 for d in own) + files.disk_bytes(self.root / "manifests")
-        return total + sum(files.disk_bytes(p) for p in self.root.iterdir() if p.name not in _FOLDERS)
+        return total + sum(files.disk_bytes(p) for p in self.root.iterdir() if p.name not in FOLDERS)
 
 
 def _directories(path: Path) -> list[Path]:
     return [p for p in path.iterdir() if p.is_dir() and not p.is_symlink()]
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.lstat().st_size
-    except OSError:
-        return -1
