@@ -122,16 +122,16 @@ def test_first_start_says_what_operators_wait_for(stack: Stack) -> None:
 
 
 def test_chat_through_the_openai_package(ready: Stack) -> None:
-    client = ready.client()
-    whole = client.chat.completions.create(model="toy", messages=PROMPT, max_tokens=40, temperature=0, seed=1)  # type: ignore[arg-type]
-    stream = client.chat.completions.create(
-        model="toy", messages=PROMPT, max_tokens=40, temperature=0, seed=1, stream=True
-    )  # type: ignore[call-overload]
-    text = "".join(c.choices[0].delta.content or "" for c in stream if c.choices)
-    assert text == whole.choices[0].message.content
-    assert whole.usage is not None
-    assert whole.usage.completion_tokens > 0
-    assert [m.id for m in client.models.list()] == ["toy"]
+    with ready.client() as client:
+        whole = client.chat.completions.create(model="toy", messages=PROMPT, max_tokens=40, temperature=0, seed=1)  # type: ignore[arg-type]
+        stream = client.chat.completions.create(
+            model="toy", messages=PROMPT, max_tokens=40, temperature=0, seed=1, stream=True
+        )  # type: ignore[call-overload]
+        text = "".join(c.choices[0].delta.content or "" for c in stream if c.choices)
+        assert text == whole.choices[0].message.content
+        assert whole.usage is not None
+        assert whole.usage.completion_tokens > 0
+        assert [m.id for m in client.models.list()] == ["toy"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -162,11 +162,13 @@ def test_errors_of_vllm_reach_the_client_unchanged(ready: Stack) -> None:
 
 
 def test_errors_of_the_router_are_openais(ready: Stack) -> None:
-    with pytest.raises(openai.NotFoundError) as missing:
-        ready.client().chat.completions.create(model="nope", messages=PROMPT)  # type: ignore[arg-type]
+    with ready.client() as client, pytest.raises(openai.NotFoundError) as missing:
+        client.chat.completions.create(model="nope", messages=PROMPT)  # type: ignore[arg-type]
     assert missing.value.code == "model_not_found"
-    client = openai.OpenAI(base_url=f"{ready.url}/v1", api_key="sk-wrong", max_retries=0)
-    with pytest.raises(openai.AuthenticationError):
+    with (
+        openai.OpenAI(base_url=f"{ready.url}/v1", api_key="sk-wrong", max_retries=0) as client,
+        pytest.raises(openai.AuthenticationError),
+    ):
         client.models.list()
 
 
@@ -184,12 +186,13 @@ def test_client_that_goes_away_stops_the_engine(ready: Stack) -> None:
             text = client.get("http://engine/metrics").text
         return sum(map(float, re.findall(r"^vllm:num_requests_running\{.*\} ([0-9.]+)$", text, re.M)))
 
-    stream = ready.client().chat.completions.create(model="toy", messages=PROMPT, stream=True, **LONG)  # type: ignore[call-overload]
-    for _ in zip(range(5), stream, strict=False):
-        pass
-    assert running_now() == 1
-    stream.close()
-    until("vLLM has stopped generating", lambda: running_now() == 0, 1)
+    with ready.client() as client:
+        stream = client.chat.completions.create(model="toy", messages=PROMPT, stream=True, **LONG)  # type: ignore[call-overload]
+        for _ in zip(range(5), stream, strict=False):
+            pass
+        assert running_now() == 1
+        stream.close()
+        until("vLLM has stopped generating", lambda: running_now() == 0, 1)
 
 
 def test_link_cut_for_5_s_loses_nothing(ready: Stack) -> None:
@@ -257,7 +260,8 @@ def test_another_model_is_assigned_and_embeds(ready: Stack, tmp_path: Path) -> N
         return reply.json()["data"][0]["embedding"] if reply.status_code == 200 else None
 
     assert len(until("the embedding model answers", embeds, 180, 1)) == config["hidden_size"]
-    through = ready.client().embeddings.create(model="toy-embed", input="lighthouse")
+    with ready.client() as client:
+        through = client.embeddings.create(model="toy-embed", input="lighthouse")
     assert through.data[0].embedding == pytest.approx(embeds())
     ready.cli("router", "assign", "toy", *data)
     until("the first model is back", lambda: ready.post("/v1/chat/completions", chat_body()).status_code == 200, 180, 1)
