@@ -102,7 +102,7 @@ def _welcome(url: str, key: str, name: str) -> str:
 
 def _publish(options: Options, display: Display) -> Any:
     """Publishes the model and assigns it to every agent. Unchanged files are read once and nothing is stored twice."""
-    from xim_agent.cli.router import publish_model
+    from xim_agent.cli.router_models import publish_model
     from xim_agent.router import catalog
     from xim_agent.router.store import Store
 

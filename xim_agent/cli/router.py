@@ -1,12 +1,11 @@
 """The local router's commands. Data goes to stdout alone, everything else to stderr."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
-from xim_agent.cli import router_agents, router_join_key
+from xim_agent.cli import router_agents, router_join_key, router_models
 from xim_agent.cli.router_store import DATA, open_store, project_name
 from xim_agent.errors import AgentError, Exit
 
@@ -20,6 +19,7 @@ def command() -> None:
 
 command.add_command(router_join_key.command)
 command.add_command(router_agents.command)
+command.add_command(router_models.command)
 
 
 @command.command()
@@ -74,59 +74,6 @@ async def _serve(
                 break
             click.echo("router stops", err=True)
             nursery.cancel_scope.cancel()
-
-
-@command.group()
-def model() -> None:
-    """Models that agents can be given."""
-
-
-@model.command()
-@click.argument("path", type=click.Path(path_type=Path))
-@click.option("--name", required=True, help="What clients call it")
-@click.option("--revision", metavar="REV", help="[default: made from the content]")
-@DATA
-def publish(path: Path, name: str, revision: str | None, data: Path) -> None:
-    """Compress the model in directory PATH into chunks and a manifest. Prints NAME@REV."""
-    from xim_agent.cli.progress import Display
-    from xim_agent.router.publish import check_name
-
-    check_name(name)
-    with open_store(data) as store, Display() as display:
-        done = publish_model(store, path, name, revision, display)
-    click.echo(f"{done.name}@{done.revision}")
-
-
-def publish_model(store: Any, path: Path, name: str, revision: str | None, display: Any) -> Any:
-    """Publishes below the store's directory and registers what came of it (`catalog.Published`). Blocks."""
-    import time
-
-    from xim_agent.cli.progress import bytes_text
-    from xim_agent.router import catalog
-    from xim_agent.router.publish import publish
-
-    def show(done: int, total: int) -> None:
-        display.show("compressing the model", done=done, total=total, detail=bytes_text(done, total, 0))
-
-    done = publish(path, name, revision, store.directory, progress=show)
-    for dropped in done.dropped:
-        display.say(f"left out: {dropped}")
-    task = catalog.task_of(_config(path), [p.name for p in path.iterdir()])
-    manifest = f"sha256:{done.manifest_sha256}"
-    row = (done.name, done.revision, done.id, manifest, done.size_bytes, done.stored_bytes, task, time.time())
-    published = catalog.Published(*row)
-    catalog.register(store.db, published)
-    share = done.stored_bytes / done.size_bytes if done.size_bytes else 1.0
-    display.say(f"{done.size_bytes:,} bytes, {share:.0%} of that stored, task {task}")
-    return published
-
-
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads((path / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 @command.command("rotate-signing-key")

@@ -143,6 +143,14 @@ def _select(root: Path) -> tuple[list[str], list[str]]:
     return sorted(kept), sorted(dropped)
 
 
+def _has(path: Path, digest: str) -> bool:
+    """Whether the chunk is there and whole: agents that refused a damaged one were told to publish again."""
+    try:
+        return codec.verified(path.read_bytes(), digest)
+    except FileNotFoundError:
+        return False
+
+
 class _Blobs:
     """Chunks on their way into the store."""
 
@@ -177,6 +185,6 @@ class _Blobs:
         name, stored = codec.choose(data, self._workers)
         digest = sha256(stored).hexdigest()
         path = self._root / "blobs" / digest[:2] / digest
-        if not path.exists():
+        if not _has(path, digest):
             files.publish(path, stored, 0o640)
         return Chunk(digest, len(stored), len(data), name)
