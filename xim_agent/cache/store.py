@@ -184,6 +184,9 @@ class Store:
     def partial(self, digest: str, manifest: Manifest) -> Partial:
         return Partial(self.root / "partial" / digest, manifest)
 
+    def has_partial(self, digest: str) -> bool:
+        return (self.root / "partial" / digest).is_dir()
+
     def drop_partial(self, digest: str) -> None:
         tree.remove(self.root / "partial" / digest)
 
