@@ -1,5 +1,6 @@
 """A model under construction: its files and the journal of the chunks that are on the disk for good."""
 
+import errno
 import os
 import re
 import stat
@@ -95,13 +96,20 @@ class Partial:
             os.fdatasync(fd)
         finally:
             os.close(fd)
-        line = b"%d %d\n" % (i, j)
+        self._journal_line(b"%d %d\n" % (i, j))
+        self.done.add((i, j))
+
+    def _journal_line(self, line: bytes) -> None:
+        """The whole line or none of it: on a full disk a part would become one with the next line and tell a lie."""
         fd = tree.open_file(self._journal, os.O_WRONLY | os.O_APPEND, own=True)
         try:
-            os.write(fd, line)
+            with self._lock:
+                size = os.fstat(fd).st_size
+                if os.write(fd, line) < len(line):
+                    os.ftruncate(fd, size)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._journal))
         finally:
             os.close(fd)
-        self.done.add((i, j))
 
     def _open(self, i: int) -> int:
         path = self._path(i)

@@ -202,12 +202,19 @@ class Cache:
         while True:
             await trio.sleep(LOOK)
             try:
-                inventory = await trio.to_thread.run_sync(self.look)
-                if inventory.total > self.max_bytes and not self._one.locked():
-                    async with self._one:
-                        await self.trim(None)
+                await self.watch_once()
             except (OSError, sqlite3.Error) as e:
                 log.warning("the model cache cannot be looked at", extra={"error": str(e)})
+
+    async def watch_once(self) -> None:
+        """What vLLM wrote above its reserve is made up for, but where an operation is at work, whose plan sees to it.
+
+        Raises OSError, sqlite3.Error.
+        """
+        inventory = await trio.to_thread.run_sync(self.look)
+        if inventory.total > self.max_bytes and not self._one.locked():
+            async with self._one:
+                await self.trim(None)
 
     # -- for operations and operators' commands ------------------------------------------------------------------
 
