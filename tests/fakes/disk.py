@@ -3,7 +3,7 @@
 import os
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,11 +29,16 @@ def used(path: Path) -> int:
 
 def fill(file: Path, leave: int) -> None:
     """Takes all free blocks but `leave` bytes."""
-    info = os.statvfs(file.parent)
-    size = info.f_bavail * info.f_frsize - leave
     with file.open("ab") as out:
-        if size > 0:
-            os.posix_fallocate(out.fileno(), out.tell(), size)
+        while (size := _free(file.parent) - leave) > 0:
+            with suppress(OSError):  # others write meanwhile
+                os.posix_fallocate(out.fileno(), out.tell(), size)
+                return
+
+
+def _free(path: Path) -> int:
+    info = os.statvfs(path)
+    return info.f_bavail * info.f_frsize
 
 
 class Operations:

@@ -124,7 +124,7 @@ class Commands:
             if what == "orphans":  # a name of another kind is a chunk that is being written
                 blobs = frozenset(b for b in step.blobs if _DIGEST.fullmatch(b))
                 step = Evict(what, key, sum(before.blobs[b] for b in blobs), blobs)
-            if step.bytes == 0:
+            if step.bytes == 0 and what != "partial":  # directories alone take no block on some file systems
                 continue
             if not dry_run:
                 age = age_of(step, before, cache.clock.now())

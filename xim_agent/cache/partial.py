@@ -58,10 +58,11 @@ class Partial:
                     tree.remove(path)
 
     def _load(self) -> set[tuple[int, int]]:
-        """Also rewrites the journal, so that the next line does not continue a torn one."""
-        lines = (tree.read(self._journal, _MAX_JOURNAL) or b"").split(b"\n")[:-1]
+        """Rewrites the journal where it says more, so that the next line does not continue a torn one."""
+        data = tree.read(self._journal, _MAX_JOURNAL)
+        *lines, torn = (data or b"").split(b"\n")
         sizes: dict[int, int] = {}
-        done = set()
+        done: set[tuple[int, int]] = set()
         for line in lines:
             if (match := _LINE.fullmatch(line)) is None:
                 continue
@@ -70,7 +71,8 @@ class Partial:
                 end = j * CHUNK + self.manifest.files[i].chunks[j].size
                 if sizes.setdefault(i, self._size(i)) >= end:
                     done.add((i, j))
-        tree.publish(self._journal, b"".join(b"%d %d\n" % pair for pair in sorted(done)), 0o640)
+        if data is None or torn or len(done) < len(lines):
+            tree.publish(self._journal, b"".join(b"%d %d\n" % pair for pair in sorted(done)), 0o640)
         return done
 
     def _size(self, i: int) -> int:
