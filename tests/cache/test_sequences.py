@@ -414,7 +414,7 @@ class Player:
             left = after.ready.keys() - keep - ({world.books[serving].digest} if serving else set())
             assert not left, f"{step}: chunks went before the ready copies {[world.name(d) for d in left]}"
         if serving is not None and serving != step.model and not drained:
-            own = self.only(serving, before)
+            own = self.only(serving, before) - world.books[step.model].blobs.keys()
             if not step.switch:
                 assert own <= after.good, f"{step}: chunks of {serving}, which is in use and cannot be drained, went"
             elif any(self.only(n, before) & gone_blobs for n in models - {serving}):
@@ -424,7 +424,7 @@ class Player:
     def by_age(self, step: Make, before: Seen, after: Seen, gone: frozenset[str], keep: set[str]) -> None:
         ages = {n: age for n, age in self.world.used().items() if self.world.books[n].digest in before.known}
         others = [n for n in ages if self.world.books[n].digest not in keep]
-        only = {n: self.only(n, before) for n in others}
+        only = {n: self.only(n, before) - self.world.books[step.model].blobs.keys() for n in others}
         for name in others:
             if only[name] & gone:
                 older = [o for o in others if ages[o] < ages[name] and only[o] & after.good]
@@ -554,7 +554,7 @@ def forked(world: World, call: Any, watcher: Watcher) -> int:
             with Operations(watcher.before, watcher.after):
                 call()
             code = 0
-        except BaseException:
+        except (Exception, BaseExceptionGroup):
             world.log.with_name("said").write_text(traceback.format_exc())
         finally:
             os._exit(code)
