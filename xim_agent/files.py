@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TEMPORARY = ".tmp-"
+_SQLITE_FULL = 13  # sqlite3.SQLITE_FULL, for those who load no SQLite
 
 
 class Held(Exception):
@@ -43,6 +44,13 @@ def lock(path: Path, mode: int) -> int:
         os.ftruncate(fd, 0)
         os.pwrite(fd, b"%d\n" % os.getpid(), 0)
     return fd
+
+
+def is_full(error: Exception) -> bool:
+    """Whether this says that disk or quota has no room. Of SQLite, too."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF == _SQLITE_FULL
 
 
 def sync_directory(path: Path) -> None:

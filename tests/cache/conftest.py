@@ -2,7 +2,9 @@
 
 import os
 import random
-from collections.abc import AsyncIterator, Callable
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import httpx
 import hypercorn.trio
 import pytest
 import trio
+from fakes.disk import small_disk
 from fakes.models import ModelServer, Source
 from hypercorn.config import Config
 
@@ -113,3 +116,24 @@ def disk_usage() -> Callable[[Path], int]:
         return total
 
     return du
+
+
+@pytest.fixture
+def tmpfs(tmp_path: Path) -> Iterator[Path]:
+    """An empty file system of 64 MiB."""
+    if os.geteuid() != 0:
+        yield tmp_path  # the test runs elsewhere, see below
+        return
+    with small_disk(tmp_path / "disk", 64 * 1024 * 1024) as disk:
+        yield disk
+
+
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Who is not root mounts in a user namespace, where the test then runs in a pytest of its own."""
+    if "tmpfs" not in pyfuncitem.fixturenames or os.geteuid() == 0:
+        return None
+    command = ["unshare", "-rm", sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", pyfuncitem.nodeid]
+    options: dict[str, Any] = {"cwd": pyfuncitem.config.rootpath, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=False, **options)
+    assert done.returncode == 0, f"as root of a user namespace, which a tmpfs takes:\n{done.stdout}"
+    return True

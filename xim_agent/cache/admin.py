@@ -9,11 +9,10 @@ from typing import Any
 
 import trio
 
-from xim_agent import files
 from xim_agent.cache.inventory import Evict, Inventory, What, evict
 from xim_agent.cache.ledger import Cause, age_of
 from xim_agent.cache.listing import Listing, Names, held, listing
-from xim_agent.cache.plan import STALE, Limits
+from xim_agent.cache.plan import STALE
 from xim_agent.cache.service import Cache
 from xim_agent.cache.verify import verify
 from xim_agent.errors import AgentError, Exit
@@ -48,13 +47,7 @@ class Commands:
     def _list(self) -> Listing:
         cache, inventory = self._cache, self._cache.look()
         names = Names.of(cache.store)
-        limits = self._limits()
-        return listing(cache.store, inventory, names, limits, cache.in_use, cache.preparing)
-
-    def _limits(self) -> Limits:
-        cache = self._cache
-        disk = files.disk(cache.store.root)
-        return Limits(cache.max_bytes, disk.free, disk.total, cache.clock.now(), cache.vllm)
+        return listing(cache.store, inventory, names, cache.limits(), cache.in_use, cache.preparing)
 
     async def path(self, target: str) -> str:
         """The ready directory of the model; of several revisions the only one that is ready."""
@@ -131,7 +124,7 @@ class Commands:
             if what == "orphans":  # a name of another kind is a chunk that is being written
                 blobs = frozenset(b for b in step.blobs if _DIGEST.fullmatch(b))
                 step = Evict(what, key, sum(before.blobs[b] for b in blobs), blobs)
-            if step.bytes == 0:
+            if step.bytes == 0 and what != "partial":  # directories alone take no block on some file systems
                 continue
             if not dry_run:
                 age = age_of(step, before, cache.clock.now())

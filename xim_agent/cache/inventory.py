@@ -73,6 +73,10 @@ class Evict:
     bytes: int
     blobs: frozenset[str] = frozenset()
 
+    def __str__(self) -> str:
+        blobs = f", {len(self.blobs)} blobs" if self.blobs else ""
+        return f"evict {self.what} {self.key}".rstrip() + f" ({self.bytes} bytes{blobs})"
+
 
 def evict(now: Inventory, what: What, key: str, needed: AbstractSet[str]) -> tuple[Inventory, Evict]:
     """The inventory without that victim. A blob goes only when nobody else keeps it and it is not `needed`."""

@@ -1,5 +1,6 @@
 """A model under construction: its files and the journal of the chunks that are on the disk for good."""
 
+import errno
 import os
 import re
 import stat
@@ -57,10 +58,11 @@ class Partial:
                     tree.remove(path)
 
     def _load(self) -> set[tuple[int, int]]:
-        """Also rewrites the journal, so that the next line does not continue a torn one."""
-        lines = (tree.read(self._journal, _MAX_JOURNAL) or b"").split(b"\n")[:-1]
+        """Rewrites the journal where it says more, so that the next line does not continue a torn one."""
+        data = tree.read(self._journal, _MAX_JOURNAL)
+        *lines, torn = (data or b"").split(b"\n")
         sizes: dict[int, int] = {}
-        done = set()
+        done: set[tuple[int, int]] = set()
         for line in lines:
             if (match := _LINE.fullmatch(line)) is None:
                 continue
@@ -69,7 +71,8 @@ class Partial:
                 end = j * CHUNK + self.manifest.files[i].chunks[j].size
                 if sizes.setdefault(i, self._size(i)) >= end:
                     done.add((i, j))
-        tree.publish(self._journal, b"".join(b"%d %d\n" % pair for pair in sorted(done)), 0o640)
+        if data is None or torn or len(done) < len(lines):
+            tree.publish(self._journal, b"".join(b"%d %d\n" % pair for pair in sorted(done)), 0o640)
         return done
 
     def _size(self, i: int) -> int:
@@ -95,13 +98,20 @@ class Partial:
             os.fdatasync(fd)
         finally:
             os.close(fd)
-        line = b"%d %d\n" % (i, j)
+        self._journal_line(b"%d %d\n" % (i, j))
+        self.done.add((i, j))
+
+    def _journal_line(self, line: bytes) -> None:
+        """The whole line or none of it: on a full disk a part would become one with the next line and tell a lie."""
         fd = tree.open_file(self._journal, os.O_WRONLY | os.O_APPEND, own=True)
         try:
-            os.write(fd, line)
+            with self._lock:
+                size = os.fstat(fd).st_size
+                if os.write(fd, line) < len(line):
+                    os.ftruncate(fd, size)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._journal))
         finally:
             os.close(fd)
-        self.done.add((i, j))
 
     def _open(self, i: int) -> int:
         path = self._path(i)

@@ -1,6 +1,6 @@
 """What an operation may put on the disk and what must go first: ordered steps, or a refusal with the sums. Pure."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -15,7 +15,8 @@ STALE = 24 * 3600.0
 class Need:
     """The model to make ready. `chunks`: allocated bytes by blob; `files`: allocated bytes of the ready copy.
 
-    `done`: blobs whose places in the partial are all written; `workers`: chunks that may be on disk twice for a moment.
+    `done`: blobs whose places in the partial are all written; `workers`: chunks that may be on disk twice for a moment;
+    `beside`: bytes that grow whatever the plan is: manifest, journals, directories, index.
     """
 
     manifest: str
@@ -23,6 +24,18 @@ class Need:
     files: int
     done: frozenset[str] = frozenset()
     workers: int = 8
+    beside: int = 0
+
+
+@dataclass(frozen=True)
+class Reserves:
+    """Bytes. `disk` is left to others (at least 2 % of it), `compile` to vLLM, which writes its caches unplanned."""
+
+    disk: int = GIB
+    compile: int = 2 * GIB
+
+
+RESERVES = Reserves()
 
 
 @dataclass(frozen=True)
@@ -34,16 +47,17 @@ class Limits:
     disk_size: int
     now: float = 0.0
     vllm: str | None = None
+    reserves: Reserves = RESERVES
 
     @property
     def reserve(self) -> int:
-        """Free disk that is left to others: the larger of 1 GiB and 2 %."""
-        return max(GIB, self.disk_size // 50)
+        """Free disk that is left to others."""
+        return max(self.reserves.disk, self.disk_size // 50)
 
     @property
     def compile_reserve(self) -> int:
-        """vLLM writes compile caches unplanned: 2 GiB, a tenth of the bound where that is less."""
-        return min(2 * GIB, self.bound // 10)
+        """For compile caches; a tenth of the bound where that is less."""
+        return min(self.reserves.compile, self.bound // 10)
 
 
 @dataclass(frozen=True)
@@ -58,10 +72,16 @@ class Holds:
 class Drain:
     """The running engine must be stopped before the next step."""
 
+    def __str__(self) -> str:
+        return "drain"
+
 
 @dataclass(frozen=True)
 class Fetch:
     """Bring the missing chunks into the store; nothing is expanded."""
+
+    def __str__(self) -> str:
+        return "fetch"
 
 
 @dataclass(frozen=True)
@@ -72,6 +92,9 @@ class Expand:
     """
 
     keep: bool
+
+    def __str__(self) -> str:
+        return "expand" if self.keep else "expand, chunks not kept"
 
 
 Step = Evict | Drain | Fetch | Expand
@@ -131,6 +154,20 @@ def plan(inventory: Inventory, need: Need, limits: Limits, holds: Holds) -> Plan
     raise CacheRefused(need.files, limits, _fixed(inventory, need, drained, limits))
 
 
+def trim(inventory: Inventory, wanted: str | None, limits: Limits, holds: Holds) -> tuple[Evict, ...]:
+    """What must go for the bound alone, since it was lowered or vLLM wrote more than expected; `wanted` goes last."""
+    first = replace(holds, pinned=holds.pinned | ({wanted} if wanted else set()))
+    todo = list(_victims(inventory, "", limits, first))
+    todo += [victim for victim in _victims(inventory, "", limits, holds) if victim not in todo]
+    now, steps = inventory, []
+    for what, key in todo:
+        if now.total <= limits.bound:
+            break
+        now, step = evict(now, what, key, frozenset())
+        steps += [step] if step.bytes else []
+    return tuple(steps)
+
+
 @dataclass(frozen=True)
 class _Room:
     """How much may still grow, against the bound and against the disk, both seen from the inventory at the start."""
@@ -142,50 +179,52 @@ class _Room:
     def left(self, now: Inventory) -> int:
         compiled = now.compile.get(self.limits.vllm or "", 0)
         bound = self.limits.bound - now.total - max(0, self.limits.compile_reserve - compiled)
-        return min(bound, self.limits.disk_free - self.limits.reserve + self.start.total - now.total)
+        free = self.limits.disk_free - self.limits.reserve + self.start.total - now.total
+        return min(bound, free) - self.need.beside
 
     def missing(self) -> int:
         """Bytes of the chunks that have to be fetched and stored."""
-        absent = self.need.chunks.keys() - self.start.blobs.keys() - self.need.done
-        return sum(self.need.chunks[b] for b in absent)
+        return sum(self._lacking(self.start, b) for b in self.need.chunks if b not in self.need.done)
+
+    def _lacking(self, now: Inventory, blob: str) -> int:
+        """Bytes that storing this blob adds: one that is there may be cut short, and is then fetched again."""
+        wanted = self.need.chunks[blob]
+        return max(0, wanted - BLOCK - now.blobs[blob]) if blob in now.blobs else wanted
 
     def ready(self, holds: Holds, drained: Holds) -> Plan:
-        """Nothing grows, so only the bound counts: it may have been lowered since."""
-
-        def left(now: Inventory) -> int:
-            return self.limits.bound - now.total
-
+        """Nothing grows, so only the bound counts: it may have been lowered since. Its own chunks are a second copy."""
         for held in (holds, drained):
-            if (found := self.make(self.start, 0, held, left)) is not None:
+            used = replace(held, in_use=held.in_use | {self.need.manifest})
+            bound = self.limits.bound - self.need.beside
+            steps = trim(self.start, None, replace(self.limits, bound=bound), used)
+            if self.start.total - sum(step.bytes for step in steps) <= bound:
                 stop = () if held is holds else (Drain(),)
-                return Plan(Case.READY, (*stop, *found[1]))
+                return Plan(Case.READY, (*stop, *steps))
         size = self.start.models[self.need.manifest].ready
         raise CacheRefused(size, self.limits, _fixed(self.start, self.need, drained, self.limits))
 
-    def make(
-        self, now: Inventory, growth: int, holds: Holds, left: Callable[[Inventory], int] | None = None
-    ) -> tuple[Inventory, tuple[Evict, ...]] | None:
-        """Evicts in order until `growth` bytes fit into what is `left`; None when they never do."""
-        left = left or self.left
+    def make(self, now: Inventory, growth: int, holds: Holds) -> tuple[Inventory, tuple[Evict, ...]] | None:
+        """Evicts in order until `growth` bytes fit into what is left; None when they never do."""
         steps: list[Evict] = []
-        for what, key in _victims(now, self.need, self.limits, holds):
-            if left(now) >= growth:
+        for what, key in _victims(now, self.need.manifest, self.limits, holds):
+            if self.left(now) >= growth:
                 break
             now, step = evict(now, what, key, self.need.chunks.keys())
             if step.bytes:
                 steps.append(step)
-        return (now, tuple(steps)) if left(now) >= growth else None
+        return (now, tuple(steps)) if self.left(now) >= growth else None
 
     def growth(self, now: Inventory, keep: bool) -> int:
         """Most bytes that the expansion adds at any moment."""
         partial = now.partials.get(self.need.manifest)
         files = max(0, self.need.files - partial.bytes) if partial else self.need.files
         if keep:
-            return files + sum(s for b, s in self.need.chunks.items() if b not in now.blobs and b not in self.need.done)
+            return files + sum(self._lacking(now, b) for b in self.need.chunks if b not in self.need.done)
         own = now.only_of(self.need.manifest)
-        eaten = [self.need.chunks[b] for b in own if b in self.need.chunks and b in now.blobs]
-        certain = sum(max(0, n - 2 * BLOCK) for n in eaten)  # what a chunk surely gives back when it goes
-        return max(0, files - certain) + self.need.workers * max(eaten, default=0)
+        eaten = [b for b in own if b in self.need.chunks and b in now.blobs]
+        # What a chunk surely gives back when it goes, also where it is planned with its share of directories.
+        certain = sum(max(0, min(self.need.chunks[b] - 2 * BLOCK, now.blobs[b])) for b in eaten)
+        return max(0, files - certain) + self.need.workers * max((self.need.chunks[b] for b in eaten), default=0)
 
     def expand(self, now: Inventory, keep: bool, holds: Holds) -> tuple[Evict, ...] | None:
         found = self.make(now, self.growth(now, keep), holds)
@@ -210,9 +249,9 @@ class _Room:
         return None
 
 
-def _victims(now: Inventory, need: Need, limits: Limits, holds: Holds) -> Iterator[tuple[What, str]]:
+def _victims(now: Inventory, wanted: str, limits: Limits, holds: Holds) -> Iterator[tuple[What, str]]:
     """Everything that may go, in the order in which it goes (model-cache.md §4)."""
-    never = holds.pinned | {need.manifest}
+    never = holds.pinned | {wanted}
     yield "quarantine", ""
     yield "orphans", ""
     partials = sorted((p.used, key) for key, p in now.partials.items() if key not in never)
@@ -233,10 +272,11 @@ def _victims(now: Inventory, need: Need, limits: Limits, holds: Holds) -> Iterat
 def _fixed(inventory: Inventory, need: Need, holds: Holds, limits: Limits) -> int:
     """Bytes that would be left if everything that may go went, the reserve for compile caches included."""
     now = inventory
-    for what, key in _victims(inventory, need, limits, holds):
+    for what, key in _victims(inventory, need.manifest, limits, holds):
         now, _ = evict(now, what, key, need.chunks.keys())
     own = sum(now.blobs.get(b, 0) for b in now.only_of(need.manifest))
     partial = now.partials.get(need.manifest)
     ready = now.models[need.manifest].ready if need.manifest in now.models else 0
     compiled = now.compile.get(limits.vllm or "", 0)
-    return now.total - own - ready - (partial.bytes if partial else 0) + max(0, limits.compile_reserve - compiled)
+    kept = now.total - own - ready - (partial.bytes if partial else 0)
+    return kept + need.beside + max(0, limits.compile_reserve - compiled)

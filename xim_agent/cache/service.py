@@ -4,9 +4,8 @@ import logging
 import random
 import re
 import sqlite3
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -16,10 +15,11 @@ from xim_agent import files
 from xim_agent.backoff import Backoff
 from xim_agent.cache import claim, tree
 from xim_agent.cache.inventory import Evict, Inventory
-from xim_agent.cache.ledger import Cause, Ledger
+from xim_agent.cache.ledger import Cause, Ledger, cause
 from xim_agent.cache.manifest import check_component, manifest_digest
 from xim_agent.cache.operation import Operation
-from xim_agent.cache.plan import Holds
+from xim_agent.cache.plan import RESERVES, Holds, Limits, Reserves, trim
+from xim_agent.cache.statistics import CachedModel, CacheStatistics
 from xim_agent.cache.store import Store
 from xim_agent.cache.transfer import BlobSource, Counters
 from xim_agent.clock import Clock
@@ -30,50 +30,10 @@ from xim_agent.mesh.messages import ModelRef, Progress
 log = logging.getLogger("xim_agent.cache")
 
 LOOK = 30.0
+FULL_DISK_LOOK = 5.0  # seconds between two looks whether a full disk has room again
 COMMAND_SECONDS = 60.0  # how long the start waits for an operator's command that has the cache
 DAMAGED = "cache_damaged"  # health condition: files of the running model are not what they should be
 _AGAIN = 0.2
-
-
-@dataclass(frozen=True)
-class CachedModel:
-    """Bytes as allocated; `stored`: its chunks, shared ones included."""
-
-    manifest: str
-    id: str
-    name: str
-    revision: str
-    stored: int
-    ready: int
-    in_use: bool
-
-
-@dataclass(frozen=True)
-class CacheStatistics:
-    """Bytes as allocated at the last look, which is taken around every operation and every `LOOK` seconds.
-
-    `tiers`: parts of `bytes_used`; `fetch_*`: the transfer that runs now, in bytes, None while none does. Evictions by
-    kind and reason; `last_eviction_age`: seconds between the last use of what went last and its end. What else there
-    is counts up.
-    """
-
-    bytes_used: int
-    tiers: Mapping[str, int]
-    bound: int
-    disk_free: int
-    fetch_done: int | None
-    fetch_total: int | None
-    fetch_rate: float | None
-    fetch_seconds_left: float | None
-    network_bytes: int
-    hit_bytes: int
-    stalls: int
-    retries: int
-    wrong_blobs: int
-    evictions: Mapping[str, Mapping[str, int]]
-    evicted_bytes: Mapping[str, int]
-    last_eviction_age: float | None
-    models: tuple[CachedModel, ...]
 
 
 @contextmanager
@@ -104,9 +64,12 @@ class Cache:
         health: Health,
         rand: Callable[[], float] = random.random,
         backoff: Callable[[], Backoff] = Backoff,
+        reserves: Reserves = RESERVES,
+        full_disk_look: float = FULL_DISK_LOOK,
     ) -> None:
         self.directory, self.max_bytes, self.downloads, self.source = directory, max_bytes, downloads, source
         self.allow_unsafe, self.clock, self.health, self.rand, self.backoff = allow_unsafe, clock, health, rand, backoff
+        self.reserves, self.full_disk_look = reserves, full_disk_look
         self.counters = Counters()
         self.ledger = Ledger(self.counters, clock)
         self.preparing: str | None = None
@@ -234,14 +197,24 @@ class Cache:
         )
 
     async def watch(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Looks at the disk every `LOOK` seconds, for the statistics. Never returns."""
+        """Looks at the disk every `LOOK` seconds, for the statistics and the bound. Never returns."""
         task_status.started()
         while True:
             await trio.sleep(LOOK)
             try:
-                await trio.to_thread.run_sync(self.look)
+                await self.watch_once()
             except (OSError, sqlite3.Error) as e:
                 log.warning("the model cache cannot be looked at", extra={"error": str(e)})
+
+    async def watch_once(self) -> None:
+        """What vLLM wrote above its reserve is made up for, but where an operation is at work, whose plan sees to it.
+
+        Raises OSError, sqlite3.Error.
+        """
+        inventory = await trio.to_thread.run_sync(self.look)
+        if inventory.total > self.max_bytes and not self._one.locked():
+            async with self._one:
+                await self.trim(None)
 
     # -- for operations and operators' commands ------------------------------------------------------------------
 
@@ -261,10 +234,30 @@ class Cache:
         await trio.to_thread.run_sync(self.store.evict, step)
         self.ledger.evicted(step, why, known.name if known else "")
 
-    def holds(self, can_drain: bool, pinned: frozenset[str]) -> Holds:
-        """`pinned`: by the operator. Where nothing can be drained, what is in use counts as pinned too."""
-        in_use = frozenset(self._pinned)
-        return Holds(in_use, pinned) if can_drain else Holds(frozenset(), pinned | in_use)
+    async def trim(self, wanted: str | None) -> None:
+        """Evicts what is above the bound, as far as nothing in use is touched; the manifest `wanted` loses last.
+
+        Raises OSError, sqlite3.Error.
+        """
+        inventory, limits, holds = await trio.to_thread.run_sync(self.survey, True)
+        for step in trim(inventory, wanted, limits, holds):
+            await self.evict(step, cause(step, inventory, limits))
+        await trio.to_thread.run_sync(self.look)
+
+    def survey(self, can_drain: bool) -> tuple[Inventory, Limits, Holds]:
+        """What a plan is made of. Where nothing can be drained, what is in use counts as pinned too.
+
+        Blocks; raises OSError, sqlite3.Error.
+        """
+        pinned = frozenset(e.manifest for e in self.store.index.entries().values() if e.pinned)
+        in_use = self.in_use
+        holds = Holds(in_use, pinned) if can_drain else Holds(frozenset(), pinned | in_use)
+        return self.store.scan(), self.limits(), holds
+
+    def limits(self) -> Limits:
+        """Blocks; raises OSError."""
+        disk = files.disk(self.store.root)
+        return Limits(self.max_bytes, disk.free, disk.total, self.clock.now(), self._vllm, self.reserves)
 
     @property
     def vllm(self) -> str | None:

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import sqlite3
 import stat
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -111,9 +112,13 @@ class Store:
         for digest in self.known.keys() - entries.keys():
             known, ready = self.known[digest], self.ready.get(digest)
             used = (ready or self._manifest(digest)).stat().st_mtime
-            self.index.add(
-                Entry(digest, ready.parent.name if ready else "", known.name, known.revision, known.size, used)
-            )
+            entry = Entry(digest, ready.parent.name if ready else "", known.name, known.revision, known.size, used)
+            try:
+                self.index.add(entry)
+            except sqlite3.Error as e:
+                if not files.is_full(e):
+                    raise
+                log.warning("the disk is full, the index lacks a model", extra={"manifest": digest})
 
     # -- manifests -----------------------------------------------------------------------------------------------
 
@@ -183,6 +188,9 @@ class Store:
 
     def partial(self, digest: str, manifest: Manifest) -> Partial:
         return Partial(self.root / "partial" / digest, manifest)
+
+    def has_partial(self, digest: str) -> bool:
+        return (self.root / "partial" / digest).is_dir()
 
     def drop_partial(self, digest: str) -> None:
         tree.remove(self.root / "partial" / digest)
