@@ -10,6 +10,7 @@ from typing import Any
 import trio
 
 from xim_agent import files
+from xim_agent.cache import tree
 from xim_agent.cache.inventory import Evict, Inventory, What, evict
 from xim_agent.cache.ledger import Cause, age_of
 from xim_agent.cache.listing import Listing, Names, held, listing
@@ -156,7 +157,7 @@ class Commands:
             yield
         except (OSError, sqlite3.Error) as e:
             text = f"cannot use the model cache {self._cache.directory}: {e}"
-            raise AgentError("cache_io", text, exit_code=Exit.STATE) from e
+            raise AgentError("cache_io", text, hint=tree.CURE, exit_code=Exit.STATE) from e
 
 
 def _all_of(inventory: Inventory, digest: str) -> list[tuple[What, str]]:

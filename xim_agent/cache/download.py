@@ -10,12 +10,12 @@ from typing import Any, Literal, TypeVar
 import trio
 
 from xim_agent.backoff import Backoff
-from xim_agent.cache import codec
+from xim_agent.cache import codec, tree
 from xim_agent.cache.manifest import ManifestRefused
 from xim_agent.cache.partial import Partial
 from xim_agent.cache.store import Store
 from xim_agent.cache.transfer import BlobSource, Counters, Retry, WrongBlob, get_blob
-from xim_agent.errors import AgentError
+from xim_agent.errors import AgentError, Exit
 from xim_agent.mesh.messages import Progress
 
 log = logging.getLogger("xim_agent.cache")
@@ -195,6 +195,7 @@ class Fetch:
             "blob_refused",
             f"the router gave wrong bytes for the chunk {job.blob} twice",
             hint="publish the model again, or check what sits between the router and this host",
+            exit_code=Exit.CONFIG,
         )
 
     def _write(self, job: Job, data: bytes | bytearray, drop: bool) -> None:
@@ -264,7 +265,8 @@ class Fetch:
                 return await trio.to_thread.run_sync(call, *args, limiter=self._threads)
             except OSError as e:
                 if e.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise AgentError("cache_io", f"the model cache cannot be read or written: {e}") from e
+                    text = f"the model cache cannot be read or written: {e}"
+                    raise AgentError("cache_io", text, hint=tree.CURE, exit_code=Exit.STATE) from e
             await self.room()
 
     async def _tick(self) -> None:

@@ -14,7 +14,7 @@ from xim_agent.cache.manifest import CHUNK, MARKER, Manifest
 
 _LINE = re.compile(rb"(\d{1,9}) (\d{1,9})")
 _PIECE = 1024 * 1024
-_MAX_JOURNAL = 64 * 1024 * 1024
+_MAX_LINE = 20  # bytes
 
 
 class Partial:
@@ -35,7 +35,8 @@ class Partial:
         self._journal = root / "journal"
         for path in root.iterdir():
             folder = path == self.files and path.is_dir() and not path.is_symlink()
-            if not folder and not (path == self._journal and tree.is_plain(path, own=True)):
+            journal = path == self._journal and tree.is_plain(path, own=True) and path.stat().st_size <= self._most()
+            if not folder and not journal:
                 tree.remove(path)
         tree.make_directory(self.files)
         self._tidy()
@@ -58,7 +59,7 @@ class Partial:
 
     def _load(self) -> set[tuple[int, int]]:
         """Also rewrites the journal, so that the next line does not continue a torn one."""
-        lines = (tree.read(self._journal, _MAX_JOURNAL) or b"").split(b"\n")[:-1]
+        lines = (tree.read(self._journal, self._most()) or b"").split(b"\n")[:-1]
         sizes: dict[int, int] = {}
         done = set()
         for line in lines:
@@ -71,6 +72,10 @@ class Partial:
                     done.add((i, j))
         tree.publish(self._journal, b"".join(b"%d %d\n" % pair for pair in sorted(done)), 0o640)
         return done
+
+    def _most(self) -> int:
+        """Bytes of a journal that this wrote: each chunk once in it at the start, once more since, and some torn."""
+        return 4096 + 3 * _MAX_LINE * sum(len(file.chunks) for file in self.manifest.files)
 
     def _size(self, i: int) -> int:
         try:

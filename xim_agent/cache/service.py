@@ -83,7 +83,7 @@ def _named(code: str, directory: Path) -> Iterator[None]:
         yield
     except (OSError, sqlite3.Error) as e:
         text = f"cannot use the model cache {directory}: {e}"
-        raise AgentError(code, text, hint="check owner, modes and disk of that directory", exit_code=Exit.STATE) from e
+        raise AgentError(code, text, hint=tree.CURE, exit_code=Exit.STATE) from e
 
 
 class Cache:
