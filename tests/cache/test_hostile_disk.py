@@ -1,5 +1,6 @@
 """Whoever can write into the cache: nothing outside it is written, and what is served is the model or nothing."""
 
+import gc
 import os
 import shutil
 import sqlite3
@@ -431,12 +432,14 @@ async def test_an_index_that_somebody_else_wrote(script: str, bench_of: Callable
         assert await bench.outcome() is None
 
 
-@pytest.mark.parametrize("data", [b"", b"\0" * 4096, b"x" * 5_000_000], ids=["empty", "zeros", "long"])
-async def test_an_index_that_is_none(data: bytes, bench_of: Callable[[str], Bench]) -> None:
+@pytest.mark.parametrize("data", [b"", b"\0" * 4096, None], ids=["empty", "zeros", "endless"])
+async def test_an_index_that_is_none(data: bytes | None, bench_of: Callable[[str], Bench]) -> None:
     bench = bench_of("whole")
-    (bench.root / "index.sqlite").write_bytes(data)
-    async with bench.cache() as cache:
-        assert [m.name for m in cache.statistics().models] == ["tiny"]
+    with (bench.root / "index.sqlite").open("wb") as file:
+        file.truncate(10**12) if data is None else file.write(data)
+    with peak_below(50):
+        async with bench.cache() as cache:
+            assert [m.name for m in cache.statistics().models] == ["tiny"]
 
 
 # -- what stops or swells --------------------------------------------------------------------------------------------
@@ -459,20 +462,25 @@ async def test_an_endless_journal_is_not_read(bench_of: Callable[[str], Bench]) 
         assert await bench.outcome() is None
 
 
-@pytest.mark.parametrize("place", ["", "blobs/zz", "ready/tiny/r1/x", "partial/{d}/files/sub", "quarantine/x"])
+# Where the stack ends in the middle of a `with`, what that had opened is closed by the collector, which tells.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+@pytest.mark.parametrize("place", ["", "quarantine/x", "compile/x"])
 async def test_a_tree_without_a_bottom_is_refused(place: str, bench_of: Callable[[str], Bench]) -> None:
-    bench = bench_of("cut" if place.startswith("partial") else "whole")
+    bench = bench_of("whole")
     top = bench.at(place)
     top.mkdir(exist_ok=True)
     here = os.open(top, os.O_PATH)
-    for _ in range(1500):
+    for _ in range(700):
         os.mkdir("x", dir_fd=here)
         inner = os.open("x", os.O_PATH, dir_fd=here)
         os.close(here)
         here = inner
     os.close(here)
-    assert await bench.outcome() == "cache_directory"
-    await trio.run_process(["rm", "-r", top / "x"])  # pytest would not manage
+    try:
+        assert await bench.outcome() == "cache_directory"
+        gc.collect()
+    finally:
+        await trio.run_process(["rm", "-r", top / "x"])
     assert await bench.outcome() is None
 
 
