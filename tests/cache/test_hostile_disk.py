@@ -5,6 +5,7 @@ import os
 import shutil
 import sqlite3
 import struct
+import tempfile
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -18,9 +19,13 @@ import pytest
 import trio
 from fakes.hostile import PLANTS, Canary, Local, plant, uproot
 from fakes.models import done_in
+from hypothesis import given
+from hypothesis import strategies as st
 
 from xim_agent.backoff import Backoff
 from xim_agent.cache.admin import Commands
+from xim_agent.cache.manifest import Chunk, File, Manifest
+from xim_agent.cache.partial import Partial
 from xim_agent.cache.service import Cache
 from xim_agent.clock import SystemClock
 from xim_agent.errors import AgentError, Exit
@@ -476,11 +481,9 @@ async def test_a_tree_without_a_bottom_is_refused(place: str, bench_of: Callable
         os.close(here)
         here = inner
     os.close(here)
-    try:
-        assert await bench.outcome() == "cache_directory"
-        gc.collect()
-    finally:
-        await trio.run_process(["rm", "-r", top / "x"])
+    assert await bench.outcome() == "cache_directory"
+    gc.collect()
+    await trio.run_process(["rm", "-r", top / "x"])
     assert await bench.outcome() is None
 
 
@@ -493,3 +496,27 @@ def peak_below(mebibytes: int) -> Iterator[None]:
         assert tracemalloc.get_traced_memory()[1] < mebibytes * 2**20
     finally:
         tracemalloc.stop()
+
+
+SMALL = Manifest(
+    1, "m", "r", tuple(File(f"f{i}", n, "0" * 64, (Chunk("0" * 64, n, n, "raw"),)) for i, n in enumerate((5, 6, 7)))
+)
+LINES = st.lists(
+    st.binary(max_size=12)
+    | st.sampled_from([b"0 0", b"1 0", b"2 0", b"0 1", b"3 0", b"0 0 0", b" 0 0", b"-1 0", b"00 0", b"0x0 0", b"0 0\r"])
+    | st.tuples(st.integers(-1, 10**12), st.integers(-1, 10**12)).map(lambda pair: b"%d %d" % pair)
+).map(b"\n".join)
+
+
+@given(LINES, st.lists(st.integers(0, 8), min_size=3, max_size=3))
+def test_a_journal_says_nothing_but_chunks_whose_bytes_are_there(data: bytes, sizes: list[int]) -> None:
+    with tempfile.TemporaryDirectory() as made:
+        root = Path(made) / "p"
+        (root / "files").mkdir(parents=True)
+        (root / "journal").write_bytes(data)
+        for i, size in enumerate(sizes):
+            (root / f"files/f{i}").write_bytes(bytes(size))
+        lines = data.split(b"\n")[:-1]  # the last one is torn
+        done = {(i, 0) for i, size in enumerate(sizes) if size >= 5 + i and {b"%d 0" % i, b"0%d 0" % i} & set(lines)}
+        assert Partial(root, SMALL).done == done
+        assert (root / "journal").read_bytes() == b"".join(b"%d %d\n" % place for place in sorted(done))
