@@ -184,16 +184,17 @@ class Fetch:
                         self.source, job.blob, job.stored, self._retry(), self.counters, self._arrived
                     )
             except WrongBlob as e:
-                log.warning("chunk is refused", extra={"blob": job.blob, "error": str(e)})
+                why = str(e)
             else:
                 if await self._thread(codec.verified, data, job.blob):
                     return data
                 self._arrived(-len(data))
-                log.warning("chunk has a wrong digest", extra={"blob": job.blob})
+                why = "they have another digest"
+            log.warning("wrong bytes for a chunk", extra={"blob": job.blob, "error": why})
             self.counters.wrong_blobs += 1
         raise AgentError(
             "blob_refused",
-            f"the router gave wrong bytes for the chunk {job.blob} twice",
+            f"the router gave wrong bytes for the chunk {job.blob} twice: {why}",
             hint="publish the model again, or check what sits between the router and this host",
             exit_code=Exit.CONFIG,
         )
@@ -265,8 +266,7 @@ class Fetch:
                 return await trio.to_thread.run_sync(call, *args, limiter=self._threads)
             except OSError as e:
                 if e.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    text = f"the model cache cannot be read or written: {e}"
-                    raise AgentError("cache_io", text, hint=tree.CURE, exit_code=Exit.STATE) from e
+                    raise AgentError("cache_io", f"model cache: {e}", hint=tree.CURE, exit_code=Exit.STATE) from e
             await self.room()
 
     async def _tick(self) -> None:
