@@ -4,12 +4,17 @@ import os
 import shutil
 import socket
 import stat
+import struct
 import tempfile
+from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
+
+import trio
 
 from xim_agent.cache.transfer import BlobReply, Pieces
 
@@ -127,3 +132,82 @@ class Local:
         if data is None:
             data = (self.data / "models/blobs" / sha256_hex[:2] / sha256_hex).read_bytes()
         yield Bytes(data[offset:], offset, len(data))
+
+
+# -- a router on loopback, down to single bytes ----------------------------------------------------------------------
+
+
+@dataclass
+class Asked:
+    """One request for a blob. `data`: the right answer to one without Range, `offset` where its Range begins."""
+
+    digest: str
+    headers: dict[str, str]
+    data: bytes
+    stream: trio.SocketStream
+
+    @property
+    def offset(self) -> int:
+        return int(self.headers.get("range", "bytes=0-").removeprefix("bytes=").removesuffix("-"))
+
+    async def send(self, *pieces: bytes) -> None:
+        for piece in pieces:
+            await self.stream.send_all(piece)
+
+    async def reply(self, status: int, body: bytes, **headers: object) -> None:
+        """`content_range=…` for Content-Range; `content_length` unless it is given, None for none."""
+        given = {"content_length": len(body)} | headers
+        lines = [f"{name.replace('_', '-')}: {value}" for name, value in given.items() if value is not None]
+        await self.send("\r\n".join([f"HTTP/1.1 {status} x", *lines, "", ""]).encode() + body)
+
+    async def honest(self, **headers: object) -> None:
+        span = f"bytes {self.offset}-{len(self.data) - 1}/{len(self.data)}"
+        partial = {"content_range": span} if self.offset else {}
+        await self.reply(206 if self.offset else 200, self.data[self.offset :], **partial, **headers)
+
+    def reset(self) -> None:
+        """The connection ends with RST instead of FIN when it is closed."""
+        self.stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+Lie = Callable[[Asked], Awaitable[None]]
+
+
+@dataclass
+class Liar:
+    """Serves the models in `data`, one request a connection. `lies[digest]` answer the next requests for that blob;
+    `always[digest]` all that come later.
+    """
+
+    data: Path
+    url: str = ""
+    asked: list[Asked] = field(default_factory=list)
+    lies: dict[str, list[Lie]] = field(default_factory=lambda: defaultdict(list))
+    always: dict[str, Lie] = field(default_factory=dict)
+
+    async def serve(self, nursery: trio.Nursery) -> None:
+        listeners = await nursery.start(partial(trio.serve_tcp, self._handle, 0, host="127.0.0.1"))
+        self.url = f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}"
+
+    def times(self, digest: str) -> int:
+        return sum(asked.digest == digest for asked in self.asked)
+
+    async def _handle(self, stream: trio.SocketStream) -> None:
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):  # the client had enough
+            async with stream:
+                await self._answer(stream)
+
+    async def _answer(self, stream: trio.SocketStream) -> None:
+        head = b""
+        while b"\r\n\r\n" not in head:
+            if not (piece := await stream.receive_some()):
+                return
+            head += piece
+        first, *lines = head.decode().split("\r\n\r\n")[0].split("\r\n")
+        kind, digest = first.split(" ")[1].split("/")[-2:]
+        place = f"manifests/{digest}.json" if kind == "manifests" else f"blobs/{digest[:2]}/{digest}"
+        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+        asked = Asked(digest, headers, (self.data / "models" / place).read_bytes(), stream)
+        self.asked.append(asked)
+        lies = self.lies[digest]
+        await (lies.pop(0) if lies else self.always.get(digest, Asked.honest))(asked)
