@@ -10,26 +10,22 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
-from fakes.hostile import PLANTS, Canary, Local, plant, uproot
+from fakes.hostile import PLANTS, Canary, Local, cache_of, plant, uproot
 from fakes.models import done_in
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xim_agent.backoff import Backoff
 from xim_agent.cache.admin import Commands
 from xim_agent.cache.manifest import Chunk, File, Manifest
 from xim_agent.cache.partial import Partial
 from xim_agent.cache.service import Cache
-from xim_agent.clock import SystemClock
 from xim_agent.errors import AgentError, Exit
-from xim_agent.health import Health
 from xim_agent.mesh.messages import ModelRef, Progress
 from xim_agent.router.publish import PublishedModel
 
@@ -62,23 +58,6 @@ def model_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "sub").mkdir()
     (root / "sub" / "vocab.txt").write_bytes(b"a\nb\n" * 5000)
     return root
-
-
-def cache_of(directory: Path, source: Local, **changes: Any) -> Cache:
-    return Cache(
-        **{
-            "directory": directory,
-            "max_bytes": 10**8,
-            "downloads": 8,
-            "source": source,
-            "allow_unsafe": False,
-            "clock": SystemClock(),
-            "health": Health(now=lambda: 0.0),
-            "rand": lambda: 0.5,
-            "backoff": partial(Backoff, 0.001, 0.01),
-        }
-        | changes
-    )
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import trio
 
-from xim_agent.cache.transfer import BlobReply, Pieces
+from xim_agent.backoff import Backoff
+from xim_agent.cache.service import Cache
+from xim_agent.cache.transfer import BlobReply, BlobSource, Pieces
+from xim_agent.clock import SystemClock
+from xim_agent.health import Health
 
 # -- the disk --------------------------------------------------------------------------------------------------------
 
@@ -88,6 +93,24 @@ def plant(path: Path, kind: str, canary: Canary) -> None:
     uproot(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     PLANTS[kind](path, canary)
+
+
+def cache_of(directory: Path, source: BlobSource, **changes: Any) -> Cache:
+    """One that hardly waits between attempts."""
+    return Cache(
+        **{
+            "directory": directory,
+            "max_bytes": 10**8,
+            "downloads": 8,
+            "source": source,
+            "allow_unsafe": False,
+            "clock": SystemClock(),
+            "health": Health(now=lambda: 0.0),
+            "rand": lambda: 0.5,
+            "backoff": partial(Backoff, 0.001, 0.01),
+        }
+        | changes
+    )
 
 
 # -- a router in memory ----------------------------------------------------------------------------------------------
