@@ -176,6 +176,15 @@ async def test_stored_bytes_that_are_damaged_are_fetched_again(
     await world.whole(model)
 
 
+async def test_another_good_manifest_under_the_name_of_the_right_one_is_not_used(world: World) -> None:
+    model = world.model(*packed(PLAIN), PLAIN)
+    await world.whole(model)
+    (path,) = world.root.glob("manifests/*")
+    damage(path, lambda b: b.replace(digest(PLAIN).encode(), digest(OTHER).encode()))
+    await world.whole(model)
+    assert digest(path.read_bytes()) == path.stem
+
+
 async def test_a_damaged_chunk_whose_router_is_wrong_too_is_refused(world: World) -> None:
     chunk, stored = packed(PLAIN)
     model = world.model(chunk, stored, PLAIN)
