@@ -228,21 +228,6 @@ async def test_a_directory_that_cannot_be_used_is_named(open_cache: Open, tmp_pa
     assert (e.value.code, e.value.exit_code) == ("cache_directory", 77)
 
 
-async def test_an_index_that_is_not_damaged_is_never_deleted(open_cache: Open, tmp_path: Path) -> None:
-    root = tmp_path / "cache"
-    root.mkdir()
-    db = sqlite3.connect(root / "index.sqlite")
-    db.execute("CREATE TABLE other(x)")
-    db.close()
-    (root / "index.sqlite-journal").mkdir()  # SQLite cannot write
-    before = (root / "index.sqlite").read_bytes()
-    with pytest.raises(AgentError) as e:
-        async with open_cache():
-            pass
-    assert e.value.code == "cache_directory"
-    assert (root / "index.sqlite").read_bytes() == before
-
-
 async def test_ready_directories_without_their_marker_are_no_models(open_cache: Open, model: ModelRef) -> None:
     async with open_cache() as cache:
         path = await cache.ensure(model, ignore)

@@ -3,6 +3,7 @@
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -114,19 +115,45 @@ async def test_a_range_answered_with_200_starts_over(autojump_clock: MockClock) 
 @pytest.mark.parametrize(
     "answer",
     [
-        reply(BLOB[:99]),
-        reply(BLOB, b"x"),
-        reply(total=99),
-        reply(BLOB[5:], start=5),
-        reply(),
+        [reply(BLOB[:99]), reply(start=99)],
+        [reply(BLOB[:99], total=None), reply(BLOB[:99], total=None)],
+        [reply(BLOB, b"x")],
+        [reply(total=99)],
+        [reply(BLOB[5:], start=5)],
+        [reply()],
+        [reply(BLOB[:99], RouterError("x", "cut")), reply(BLOB[:1], start=100)],
+        [reply(BLOB[:99], RouterError("x", "cut")), RouterError("http_416", "no", status=416)],
     ],
-    ids=["short", "long", "another total", "from elsewhere", "nothing"],
+    ids=["short", "whole and short", "long", "another total", "from elsewhere", "nothing", "beyond", "416"],
 )
-async def test_what_cannot_be_the_blob_is_wrong(answer: Reply) -> None:
-    w = World(Scripted([answer]))
+async def test_what_cannot_be_the_blob_is_wrong(answer: list[Any], autojump_clock: MockClock) -> None:
+    w = World(Scripted(answer))
     with pytest.raises(WrongBlob):
         await w.get()
-    assert w.done == 0
+    assert (w.done, w.source.replies) == (0, [])
+
+
+async def test_an_end_without_a_length_may_be_a_cut(autojump_clock: MockClock) -> None:
+    w = World(Scripted([reply(BLOB[:60], total=None), reply(BLOB[60:99], start=60), reply(BLOB[99:], start=99)]))
+    assert await w.get() == BLOB
+    assert (w.source.offsets, w.counters.network_bytes) == ([0, 60, 99], 100)
+
+
+async def test_what_was_here_before_is_no_progress(autojump_clock: MockClock) -> None:
+    """A router that ignores Range and always breaks off at the same place is asked ever more seldom."""
+    cut = RouterError("connection_lost", "cut")
+    w = World(Scripted([*(reply(BLOB[:99], cut) for _ in range(8)), reply(BLOB)]))
+    assert await w.get() == BLOB
+    gaps = [b - a for a, b in pairwise(w.source.times)]
+    assert gaps == pytest.approx([1, 2, 4, 8, 16, 30, 30, 30], abs=0.1)
+    assert w.done == 100
+
+
+async def test_the_first_byte_more_is_progress(autojump_clock: MockClock) -> None:
+    cut = RouterError("connection_lost", "cut")
+    w = World(Scripted([reply(BLOB[n : n + 1], cut, start=n) for n in range(99)] + [reply(BLOB[99:], start=99)]))
+    assert await w.get() == BLOB
+    assert max(b - a for a, b in pairwise(w.source.times)) < 1
 
 
 async def test_retry_after_is_obeyed_and_the_backoff_grows(autojump_clock: MockClock) -> None:

@@ -1,8 +1,16 @@
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import trio
+from fakes.tls import certificate, server_context
+from hypothesis import given
+from hypothesis import strategies as st
 
+from xim_agent.clock import SystemClock
+from xim_agent.mesh.blob import _extent, open_blob
+from xim_agent.mesh.transport import Transport
 from xim_agent.outcome import Action, RouterError
 
 
@@ -122,6 +130,45 @@ async def test_redirects_that_are_not_followed(client: Any, start: Any, login: A
     location = "file:///etc/passwd"
     with pytest.raises(RouterError, match="redirected from http to file"):
         await read(client)
+
+
+async def test_nobody_is_sent_from_https_to_http(transport: Any, start: Any, answer: Any, tmp_path: Path) -> None:
+    async def never(call: Any) -> Any:
+        return answer(body=b"abc")
+
+    async def redirect(call: Any) -> Any:
+        return answer(302, {"location": open_.url})
+
+    open_ = await start(never)
+    server = await start(redirect, server_context(*certificate(tmp_path / "tls")))
+    with pytest.raises(RouterError, match="redirected from https to http") as error:
+        async with open_blob(transport, httpx.URL(server.url), {"authorization": "secret"}, 0):
+            pass
+    assert (error.value.code, error.value.action) == ("redirect_refused", Action.RETRY)
+    assert not open_.calls
+
+
+NUMBER = st.from_regex(r"[0-9٠-٩]{0,25}", fullmatch=True) | st.integers().map(str) | st.just("9" * 5000) | st.just("*")
+RANGE = st.text(max_size=30) | st.tuples(NUMBER, NUMBER, NUMBER).map(lambda t: "bytes {}-{}/{}".format(*t))
+
+
+@given(st.sampled_from([200, 206]), NUMBER | st.text(max_size=10), RANGE)
+def test_nothing_but_numbers_or_a_refusal_comes_of_headers(status: int, length: str, span: str) -> None:
+    transport = Transport(insecure=True, clock=SystemClock(), on_skew=lambda _: None)
+    headers = [(b"content-length", length.encode()), (b"content-range", span.encode())]
+    response = httpx.Response(status, headers=headers, request=httpx.Request("GET", "http://x/"))
+    try:
+        start, total = _extent(transport, response)
+    except RouterError:
+        assert status == 206
+        return
+    given = [int(word) for word in [length, *span.removeprefix("bytes ").replace("/", "-").split("-")] if _digits(word)]
+    assert start in (0, *given)
+    assert total in (None, *given)
+
+
+def _digits(word: str) -> bool:
+    return word.isascii() and word.isdecimal() and len(word) <= 18
 
 
 async def test_a_401_is_refreshed_before_the_body(client: Any, start: Any, login: Any, answer: Any) -> None:

@@ -1,9 +1,7 @@
 """What an operator may ask of a cache and do to it; the same beside a running agent and without one."""
 
 import re
-import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +11,7 @@ from xim_agent.cache.inventory import Evict, Inventory, What, evict
 from xim_agent.cache.ledger import Cause, age_of
 from xim_agent.cache.listing import Listing, Names, held, listing
 from xim_agent.cache.plan import STALE
-from xim_agent.cache.service import Cache
+from xim_agent.cache.service import Cache, named
 from xim_agent.cache.verify import verify
 from xim_agent.errors import AgentError, Exit
 
@@ -41,7 +39,7 @@ class Commands:
         self._verifying = trio.Lock()
 
     async def ls(self) -> dict[str, Any]:
-        with self._named():
+        with named("cache_io", self._cache.directory):
             return asdict(await trio.to_thread.run_sync(self._list))
 
     def _list(self) -> Listing:
@@ -51,7 +49,7 @@ class Commands:
 
     async def path(self, target: str) -> str:
         """The ready directory of the model; of several revisions the only one that is ready."""
-        with self._named():
+        with named("cache_io", self._cache.directory):
             names = await trio.to_thread.run_sync(Names.of, self._cache.store)
         found = names.find(target)
         ready = [digest for digest in found if digest in self._cache.store.ready]
@@ -69,7 +67,7 @@ class Commands:
     async def rm(self, target: str) -> list[dict[str, Any]]:
         """Ready copy, chunks that no other model has, parts and manifest of one model."""
         cache = self._cache
-        with self._named():
+        with named("cache_io", self._cache.directory):
             async with cache.changing:
                 names = await trio.to_thread.run_sync(Names.of, cache.store)
                 digest = names.one(target)
@@ -90,7 +88,7 @@ class Commands:
         Without an agent the model used last stays as it is: the agent begins with it.
         """
         cache = self._cache
-        with self._named():
+        with named("cache_io", self._cache.directory):
             async with cache.changing:
                 names = await trio.to_thread.run_sync(Names.of, cache.store)
                 inventory = await trio.to_thread.run_sync(cache.store.scan)
@@ -108,7 +106,7 @@ class Commands:
                 "verify_running", "this cache is being verified already", hint="wait for it", exit_code=Exit.BUSY
             )
         async with self._verifying:
-            with self._named():
+            with named("cache_io", self._cache.directory):
                 names = await trio.to_thread.run_sync(Names.of, self._cache.store)
                 wanted = None if target is None else frozenset(names.find(target))
                 return asdict(await verify(self._cache, names, wanted, report))
@@ -142,14 +140,6 @@ class Commands:
             empty = key not in left.partials and not (model and (model.chunks or model.ready))
             if empty and key in self._cache.store.known:
                 self._cache.store.forget(key)
-
-    @contextmanager
-    def _named(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, sqlite3.Error) as e:
-            text = f"cannot use the model cache {self._cache.directory}: {e}"
-            raise AgentError("cache_io", text, exit_code=Exit.STATE) from e
 
 
 def _all_of(inventory: Inventory, digest: str) -> list[tuple[What, str]]:

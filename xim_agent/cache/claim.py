@@ -30,7 +30,7 @@ def lock(path: Path) -> int:
             exit_code=Exit.ALREADY_RUNNING,
         ) from None
     except OSError as error:
-        if error.errno in (errno.ELOOP, errno.EMLINK):
+        if error.errno in (errno.ELOOP, errno.EMLINK, errno.ENXIO):
             raise tree.Foreign(path, "not a plain file with one name") from None
         raise
 

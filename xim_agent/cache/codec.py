@@ -103,6 +103,8 @@ def decode(stored: bytes | bytearray, codec: str, size: int) -> bytes | bytearra
             raise CorruptChunk(f"the frame holds {frame.content_size} bytes instead of {size}")
         if not frame.has_checksum:
             raise CorruptChunk("the frame has no checksum")
+        if frame.window_size > CHUNK:
+            raise CorruptChunk(f"the frame wants a window of {frame.window_size} bytes")
         plain = zstandard.ZstdDecompressor(max_window_size=CHUNK).decompress(stored, allow_extra_data=False)
     except zstandard.ZstdError as e:
         raise CorruptChunk(str(e)) from e

@@ -10,12 +10,12 @@ from typing import Any, Literal, TypeVar
 import trio
 
 from xim_agent.backoff import Backoff
-from xim_agent.cache import codec
+from xim_agent.cache import codec, tree
 from xim_agent.cache.manifest import ManifestRefused
 from xim_agent.cache.partial import Partial
 from xim_agent.cache.store import Store
 from xim_agent.cache.transfer import BlobSource, Counters, Retry, WrongBlob, get_blob
-from xim_agent.errors import AgentError
+from xim_agent.errors import AgentError, Exit
 from xim_agent.mesh.messages import Progress
 
 log = logging.getLogger("xim_agent.cache")
@@ -184,17 +184,19 @@ class Fetch:
                         self.source, job.blob, job.stored, self._retry(), self.counters, self._arrived
                     )
             except WrongBlob as e:
-                log.warning("chunk is refused", extra={"blob": job.blob, "error": str(e)})
+                why = str(e)
             else:
                 if await self._thread(codec.verified, data, job.blob):
                     return data
                 self._arrived(-len(data))
-                log.warning("chunk has a wrong digest", extra={"blob": job.blob})
+                why = "they have another digest"
+            log.warning("wrong bytes for a chunk", extra={"blob": job.blob, "error": why})
             self.counters.wrong_blobs += 1
         raise AgentError(
             "blob_refused",
-            f"the router gave wrong bytes for the chunk {job.blob} twice",
+            f"the router gave wrong bytes for the chunk {job.blob} twice: {why}",
             hint="publish the model again, or check what sits between the router and this host",
+            exit_code=Exit.CONFIG,
         )
 
     def _write(self, job: Job, data: bytes | bytearray, drop: bool) -> None:
@@ -264,7 +266,7 @@ class Fetch:
                 return await trio.to_thread.run_sync(call, *args, limiter=self._threads)
             except OSError as e:
                 if e.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise AgentError("cache_io", f"the model cache cannot be read or written: {e}") from e
+                    raise AgentError("cache_io", f"model cache: {e}", hint=tree.CURE, exit_code=Exit.STATE) from e
             await self.room()
 
     async def _tick(self) -> None:

@@ -2,20 +2,21 @@
 
 import logging
 import sqlite3
-from dataclasses import dataclass
+from collections.abc import Set as AbstractSet
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import msgspec
 
 from xim_agent.cache import tree
 
 log = logging.getLogger("xim_agent.cache")
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS models(
+_SCHEMA = """CREATE TABLE models(
   manifest TEXT PRIMARY KEY, id TEXT NOT NULL, name TEXT NOT NULL, revision TEXT NOT NULL,
-  size INTEGER NOT NULL, used REAL NOT NULL, pinned INTEGER NOT NULL DEFAULT 0)
-"""
-# SQLITE_ERROR: our SQL is right, so the schema is not ours. Without a code: quick_check found something.
-_DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)
+  size INTEGER NOT NULL, used REAL NOT NULL, pinned INTEGER NOT NULL DEFAULT 0)"""
+_CONTENTS = [("table", "models", _SCHEMA), ("index", "sqlite_autoindex_models_1", None)]
+_LIMIT = 4 * 1024 * 1024  # bytes; a model takes about 300
 
 
 @dataclass(frozen=True)
@@ -32,55 +33,89 @@ class Entry:
 
 
 class Index:
-    """All methods block and come from one thread at a time. They raise sqlite3.Error where the disk fails."""
+    """An SQLite database that is read once and written whole: SQLite itself never opens a file here. It would write
+    through a second name of its journal, and deletes whatever file a planted journal names as its super-journal.
+
+    All methods block and come from one thread at a time. Those that change it raise OSError, tree.Foreign; the change
+    is then on the disk with the next one that succeeds.
+    """
 
     def __init__(self, path: Path) -> None:
-        files = [path.with_name(path.name + suffix) for suffix in ("", "-journal", "-wal", "-shm")]
-        for file in files:  # SQLite follows a link to its database, and writes through second names of all of them
-            if file.is_symlink() or (file.exists() and not file.is_dir() and not tree.is_plain(file, own=True)):
-                log.warning("what the cache did not make is removed", extra={"path": str(file)})
-                tree.remove(file)
+        self._path = path
+        self._db = _new()
         try:
-            self._db = self._connect(path)
-        except sqlite3.DatabaseError as e:
-            if getattr(e, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF not in _DAMAGE:
-                raise
-            log.warning("cache index is damaged, made anew from the tree", extra={"error": str(e)})
-            for file in files:
-                tree.remove(file)
-            self._db = self._connect(path)
-
-    @staticmethod
-    def _connect(path: Path) -> sqlite3.Connection:
-        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        try:
-            if db.execute("PRAGMA quick_check").fetchone() != ("ok",):
-                raise sqlite3.DatabaseError("quick_check failed")
-            db.execute(_SCHEMA)
-            db.execute("SELECT manifest, id, name, revision, size, used, pinned FROM models LIMIT 1")
-        except BaseException:
-            db.close()
-            raise
-        return db
+            data = tree.read(path, _LIMIT)
+        except tree.Foreign as e:
+            log.warning("what the cache did not make is removed", extra={"path": str(path), "error": e.message})
+            tree.remove(path)
+            data = None
+        if data:
+            try:
+                entries = _entries_of(data)
+            except (sqlite3.Error, OverflowError, UnicodeDecodeError, msgspec.ValidationError) as e:
+                log.warning("cache index is damaged, made anew from the tree", extra={"error": str(e)[:200]})
+                return
+            for entry in entries:
+                self._insert(entry)
 
     def close(self) -> None:
         self._db.close()
 
     def entries(self) -> dict[str, Entry]:
-        rows = self._db.execute("SELECT manifest, id, name, revision, size, used, pinned FROM models")
-        return {r[0]: Entry(*r) for r in rows}
+        return {entry.manifest: entry for entry in _entries(self._db)}
 
     def add(self, entry: Entry) -> None:
         """Adds or replaces, but for the pin."""
+        self._insert(entry)
+        self._save()
+
+    def _insert(self, entry: Entry) -> None:
         self._db.execute(
-            "INSERT INTO models(manifest, id, name, revision, size, used) VALUES (?, ?, ?, ?, ?, ?)"
+            "INSERT INTO models VALUES (:manifest, :id, :name, :revision, :size, :used, :pinned)"
             " ON CONFLICT(manifest) DO UPDATE SET id=excluded.id, name=excluded.name, revision=excluded.revision,"
             " size=excluded.size, used=excluded.used",
-            (entry.manifest, entry.id, entry.name, entry.revision, entry.size, entry.used),
+            asdict(entry),
         )
 
     def touch(self, manifest: str, used: float) -> None:
         self._db.execute("UPDATE models SET used=? WHERE manifest=?", (used, manifest))
+        self._save()
 
     def remove(self, manifest: str) -> None:
         self._db.execute("DELETE FROM models WHERE manifest=?", (manifest,))
+        self._save()
+
+    def keep(self, manifests: AbstractSet[str]) -> None:
+        """All others go."""
+        others = self.entries().keys() - manifests
+        if others:
+            self._db.executemany("DELETE FROM models WHERE manifest=?", [(other,) for other in others])
+            self._save()
+
+    def _save(self) -> None:
+        tree.publish(self._path, self._db.serialize(), 0o640)
+
+
+def _new() -> sqlite3.Connection:
+    db = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+    db.execute(_SCHEMA)
+    return db
+
+
+def _entries(db: sqlite3.Connection) -> list[Entry]:
+    rows = db.execute("SELECT manifest, id, name, revision, size, used, pinned FROM models")
+    return [Entry(*row) for row in rows]
+
+
+def _entries_of(data: bytes) -> list[Entry]:
+    """Nothing of it runs: a view or a trigger could run for ever. Raises sqlite3.Error, and what is no Entry raises."""
+    db = sqlite3.connect(":memory:", isolation_level=None)
+    try:
+        db.deserialize(data)
+        if db.execute("SELECT type, name, sql FROM sqlite_master").fetchmany(3) != _CONTENTS:
+            raise sqlite3.DatabaseError("not our schema")
+        if db.execute("PRAGMA quick_check").fetchone() != ("ok",):
+            raise sqlite3.DatabaseError("quick_check failed")
+        return [msgspec.convert(asdict(entry), Entry) for entry in _entries(db)]
+    finally:
+        db.close()

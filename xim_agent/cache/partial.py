@@ -15,7 +15,7 @@ from xim_agent.cache.manifest import CHUNK, MARKER, Manifest
 
 _LINE = re.compile(rb"(\d{1,9}) (\d{1,9})")
 _PIECE = 1024 * 1024
-_MAX_JOURNAL = 64 * 1024 * 1024
+_MAX_LINE = 20  # bytes
 
 
 class Partial:
@@ -36,7 +36,8 @@ class Partial:
         self._journal = root / "journal"
         for path in root.iterdir():
             folder = path == self.files and path.is_dir() and not path.is_symlink()
-            if not folder and not (path == self._journal and tree.is_plain(path, own=True)):
+            journal = path == self._journal and tree.is_plain(path, own=True) and path.stat().st_size <= self._most()
+            if not folder and not journal:
                 tree.remove(path)
         tree.make_directory(self.files)
         self._tidy()
@@ -59,7 +60,7 @@ class Partial:
 
     def _load(self) -> set[tuple[int, int]]:
         """Rewrites the journal where it says more, so that the next line does not continue a torn one."""
-        data = tree.read(self._journal, _MAX_JOURNAL)
+        data = tree.read(self._journal, self._most())
         *lines, torn = (data or b"").split(b"\n")
         sizes: dict[int, int] = {}
         done: set[tuple[int, int]] = set()
@@ -74,6 +75,10 @@ class Partial:
         if data is None or torn or len(done) < len(lines):
             tree.publish(self._journal, b"".join(b"%d %d\n" % pair for pair in sorted(done)), 0o640)
         return done
+
+    def _most(self) -> int:
+        """Bytes of a journal that this wrote: each chunk once in it at the start, once more since, and some torn."""
+        return 4096 + 3 * _MAX_LINE * sum(len(file.chunks) for file in self.manifest.files)
 
     def _size(self, i: int) -> int:
         try:

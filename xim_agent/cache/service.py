@@ -37,13 +37,14 @@ _AGAIN = 0.2
 
 
 @contextmanager
-def _named(code: str, directory: Path) -> Iterator[None]:
+def named(code: str, directory: Path) -> Iterator[None]:
     """What the disk refuses becomes an AgentError."""
     try:
         yield
-    except (OSError, sqlite3.Error) as e:
-        text = f"cannot use the model cache {directory}: {e}"
-        raise AgentError(code, text, hint="check owner, modes and disk of that directory", exit_code=Exit.STATE) from e
+    except (OSError, sqlite3.Error, RecursionError) as e:
+        why = "directories in it are nested too deeply" if isinstance(e, RecursionError) else e
+        text = f"cannot use the model cache {directory}: {why}"
+        raise AgentError(code, text, hint=tree.CURE, exit_code=Exit.STATE) from e
 
 
 class Cache:
@@ -82,7 +83,7 @@ class Cache:
         self._models: tuple[CachedModel, ...] = ()
 
     async def __aenter__(self) -> Self:
-        with _named("cache_directory", self.directory):
+        with named("cache_directory", self.directory):
             self._store = await self._open()
             try:
                 await trio.to_thread.run_sync(self.look)
@@ -144,7 +145,7 @@ class Cache:
                 self.preparing = digest
             operation = Operation(self, model, digest, tell, release)
             try:
-                with _named("cache_io", self.directory):
+                with named("cache_io", self.directory):
                     path = await operation.run()
                     await trio.to_thread.run_sync(self.look)
             finally:
@@ -168,7 +169,7 @@ class Cache:
         """
         self._vllm = re.sub(r"[^A-Za-z0-9._+-]", "_", vllm_version).lstrip(".") or "unknown"
         path = self.store.root / "compile" / self._vllm
-        with _named("cache_io", self.directory):
+        with named("cache_io", self.directory):
             if path.is_symlink():
                 tree.remove(path)
             tree.make_directory(path)

@@ -107,8 +107,7 @@ class Store:
 
     def _adopt_index(self) -> None:
         entries = self.index.entries()
-        for digest in entries.keys() - self.known.keys() - self.ready.keys():
-            self.index.remove(digest)
+        self.index.keep(self.known.keys() | self.ready.keys())
         for digest in self.known.keys() - entries.keys():
             known, ready = self.known[digest], self.ready.get(digest)
             used = (ready or self._manifest(digest)).stat().st_mtime
@@ -238,8 +237,7 @@ class Store:
         tree.rename(path, grave)
         tree.sync(grave.parent)
         tree.sync(path.parent)
-        if not any(path.parent.iterdir()):
-            path.parent.rmdir()
+        tree.remove_if_empty(path.parent)
         return grave
 
     # -- bound ---------------------------------------------------------------------------------------------------

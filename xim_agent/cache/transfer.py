@@ -3,7 +3,8 @@
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Protocol
 
 import trio
@@ -98,45 +99,66 @@ async def get_blob(
 
     Raises WrongBlob, and RouterError where trying again cannot help. Cancellation drops what has come.
     """
-    data = bytearray()
-    while True:
-        try:
-            await _continue(source, digest, stored, data, retry, counters, arrived)
-        except RouterError as e:
-            if len(data) < stored:  # else nothing is missing but a clean end of the reply
-                await retry.wait(e)
-                continue
-        except WrongBlob:
-            arrived(-len(data))
-            raise
-        if len(data) < stored:
-            arrived(-len(data))
-            raise WrongBlob(f"{len(data)} bytes instead of {stored}")
-        return data
+    transfer = _Transfer(source, digest, stored, retry, counters, arrived)
+    try:
+        return await transfer.run()
+    except WrongBlob:
+        arrived(-len(transfer.data))
+        raise
 
 
-async def _continue(
-    source: BlobSource,
-    digest: str,
-    stored: int,
-    data: bytearray,
-    retry: Retry,
-    counters: Counters,
-    arrived: Callable[[int], None],
-) -> None:
-    async with source.blob(digest, len(data)) as reply:
-        if reply.start > len(data) or reply.total not in (None, stored):
-            raise WrongBlob(f"{reply.total} bytes from {reply.start} are offered, {stored} from {len(data)} wanted")
-        arrived(reply.start - len(data))
-        del data[reply.start :]
-        async with aclosing(reply.chunks()) as pieces:
-            while (piece := await _next(pieces, counters)) is not None:
-                if len(data) + len(piece) > stored:
-                    raise WrongBlob(f"more than {stored} bytes")
-                data += piece
-                counters.network_bytes += len(piece)
-                arrived(len(piece))
-                retry.reset()
+@dataclass
+class _Transfer:
+    """`far`: how much of the blob was ever here. Only what lies beyond it is progress: a router that ignores Range and
+    always breaks off at the same place is asked ever more seldom.
+    """
+
+    source: BlobSource
+    digest: str
+    stored: int
+    retry: Retry
+    counters: Counters
+    arrived: Callable[[int], None]
+    data: bytearray = field(default_factory=bytearray)
+    far: int = 0
+
+    async def run(self) -> bytearray:
+        while True:
+            before = self.far
+            try:
+                await self._continue()
+                short = RouterError("blob_short", f"a blob ended after {len(self.data)} of {self.stored} bytes")
+            except RouterError as e:
+                if e.status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+                    raise WrongBlob(f"it ends before byte {len(self.data)} of {self.stored}") from e
+                short = e
+            else:
+                # Without a length, the end is all that shows of a cut connection.
+                if len(self.data) < self.stored and self.far == before:
+                    raise WrongBlob(f"{len(self.data)} bytes instead of {self.stored}")
+            if len(self.data) == self.stored:  # if nothing is missing but a clean end of the reply, all is well
+                return self.data
+            await self.retry.wait(short)
+
+    async def _continue(self) -> None:
+        data = self.data
+        async with self.source.blob(self.digest, len(data)) as reply:
+            if reply.start > len(data) or reply.total not in (None, self.stored):
+                raise WrongBlob(
+                    f"{reply.total} bytes from {reply.start} are offered, {self.stored} from {len(data)} wanted"
+                )
+            self.arrived(reply.start - len(data))
+            del data[reply.start :]
+            async with aclosing(reply.chunks()) as pieces:
+                while (piece := await _next(pieces, self.counters)) is not None:
+                    if len(data) + len(piece) > self.stored:
+                        raise WrongBlob(f"more than {self.stored} bytes")
+                    data += piece
+                    self.counters.network_bytes += len(piece)
+                    self.arrived(len(piece))
+                    if len(data) > self.far:
+                        self.far = len(data)
+                        self.retry.reset()
 
 
 async def _next(pieces: Pieces, counters: Counters) -> bytes | None:

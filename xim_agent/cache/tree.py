@@ -17,6 +17,7 @@ from xim_agent import files
 from xim_agent.errors import AgentError, Exit
 
 _STEP = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+CURE = "check owner, modes and disk of that directory"  # hint where the disk refuses
 _LINKS = (errno.ELOOP, errno.ENOTDIR)
 
 
@@ -94,12 +95,14 @@ def read(path: Path, limit: int) -> bytes | None:
     except FileNotFoundError:
         return None
     with os.fdopen(fd, "rb", buffering=0) as file:
-        if os.fstat(fd).st_size > limit:
+        left = os.fstat(fd).st_size
+        if left > limit:
             raise Foreign(path, f"a file of more than {limit} bytes")
-        data = bytearray()
-        while len(data) <= limit and (piece := file.read(limit + 1 - len(data))):
-            data += piece
-        return bytes(data)
+        pieces = []
+        while left and (piece := file.read(left)):
+            pieces.append(piece)
+            left -= len(piece)
+        return b"".join(pieces)
 
 
 def publish(path: Path, data: bytes | bytearray | memoryview, mode: int) -> None:
@@ -125,6 +128,16 @@ def remove(path: Path) -> None:
             shutil.rmtree(path.name, dir_fd=parent)
         else:
             os.unlink(path.name, dir_fd=parent)
+
+
+def remove_if_empty(path: Path) -> None:
+    """A directory; one with anything in it stays. Raises Foreign, OSError."""
+    with directory(path.parent) as parent:
+        try:
+            os.rmdir(path.name, dir_fd=parent)
+        except OSError as e:
+            if e.errno != errno.ENOTEMPTY:
+                raise
 
 
 def is_plain(path: Path, *, own: bool) -> bool:

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -12,7 +11,7 @@ from typing import Any
 import msgspec
 import trio
 
-from xim_agent.cache import codec
+from xim_agent.cache import codec, tree
 from xim_agent.cache.listing import Names, held
 from xim_agent.cache.manifest import CHUNK, File, Manifest
 from xim_agent.cache.service import DAMAGED, Cache
@@ -152,10 +151,10 @@ class _Run:
 def _check_blob(path: Path, digest: str) -> tuple[int | None, bool]:
     """Bytes read, None when it is not there, and whether they are the right ones. What cannot be read is not right."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        fd = tree.open_file(path, os.O_RDONLY, own=False)
     except FileNotFoundError:
         return None, False
-    except OSError as e:
+    except (OSError, tree.Foreign) as e:
         log.warning("a chunk cannot be read", extra={"error": str(e)})
         return 0, False
     try:
@@ -172,13 +171,12 @@ def _check_blob(path: Path, digest: str) -> tuple[int | None, bool]:
 def _hash_piece(path: Path, size: int, hasher: Any, offset: int) -> int | None:
     """Bytes fed to `hasher`, 0 at the end; None when the file is not a plain file of this size or cannot be read."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as e:
+        fd = tree.open_file(path, os.O_RDONLY, own=False)
+    except (OSError, tree.Foreign) as e:
         log.warning("a file cannot be read", extra={"error": str(e)})
         return None
     try:
-        info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode) or info.st_size != size:
+        if os.fstat(fd).st_size != size:
             return None
         data = os.pread(fd, CHUNK, offset)
         hasher.update(data)

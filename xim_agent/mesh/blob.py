@@ -11,7 +11,8 @@ from xim_agent.outcome import RouterError
 
 SILENCE_SECONDS = 30.0
 MAX_REDIRECTS = 5
-_CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18}|\*)")
+_LENGTH = re.compile(r"\d{1,18}", re.ASCII)
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18}|\*)", re.ASCII)
 
 
 class BlobReply:
@@ -36,7 +37,7 @@ async def open_blob(
     origin = url
     headers = {"accept-encoding": "identity"} | ({"range": f"bytes={offset}-"} if offset else {})
     for _ in range(MAX_REDIRECTS + 1):
-        if (url.scheme, url.host, url.port) != (origin.scheme, origin.host, origin.port):
+        if _origin(url) != _origin(origin):
             credentials = {}
         async with transport.open("GET", url, {**headers, **credentials}, None, SILENCE_SECONDS) as opened:
             response = opened.response
@@ -44,13 +45,18 @@ async def open_blob(
                 url = _redirect(transport, response)
                 continue
             if response.status_code not in (200, 206):
-                raise await transport.refusal(opened)
+                # Only the router may say that this agent is removed or suspended, not whom it redirects to.
+                raise await transport.refusal(opened, heed=_origin(url) == _origin(origin))
             if response.headers.get("content-encoding", "identity") != "identity":
                 raise transport.malformed("GET", url, "a blob has no Content-Encoding")
             start, total = _extent(transport, response)
             yield BlobReply(opened, start, total)
             return
     raise transport.count(RouterError("too_many_redirects", f"GET {origin}: more than {MAX_REDIRECTS} redirects"))
+
+
+def _origin(url: httpx.URL) -> tuple[str, str, int | None]:
+    return url.scheme, url.host, url.port
 
 
 def _redirect(transport: Transport, response: httpx.Response) -> httpx.URL:
@@ -69,7 +75,7 @@ def _extent(transport: Transport, response: httpx.Response) -> tuple[int, int | 
     """(start, total) of a 200 or 206."""
     if response.status_code == 200:
         length = response.headers.get("content-length", "")
-        return 0, int(length) if length.isdecimal() else None
+        return 0, int(length) if _LENGTH.fullmatch(length) else None
     match = _CONTENT_RANGE.fullmatch(response.headers.get("content-range", ""))
     if match is None:
         raise transport.malformed("GET", response.request.url, "206 without a readable Content-Range")

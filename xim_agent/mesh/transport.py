@@ -1,5 +1,6 @@
 """One HTTP call to the router: limits, time limits by silence, and every failure as a `RouterError`."""
 
+import math
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -114,23 +115,29 @@ class Transport:
         self._calls += 1
         self.bytes_sent += len(body or b"")
         try:
-            response = await self._http.send(request, stream=True)
+            response = await self._head(request, 2 * connect + silence if body is None else math.inf)
             async with aclosing(Opened(self, response)) as opened:
                 yield opened
         except httpx.TransportError as error:
             raise self.lost(method, url, error) from error
 
+    async def _head(self, request: httpx.Request, seconds: float) -> httpx.Response:
+        """`seconds` for all of it: time limits by silence never end a head that goes on for ever."""
+        with trio.move_on_after(seconds):
+            return await self._http.send(request, stream=True)
+        raise httpx.ReadTimeout(f"no whole head of a reply within {seconds:.0f} s", request=request)
+
     def lost(self, method: str, url: httpx.URL, error: httpx.TransportError) -> RouterError:
         return self.count(failures.from_transport(_what(method, url), url, error))
 
-    async def refusal(self, opened: "Opened") -> RouterError:
-        """The error of a reply that is not a success; counted."""
+    async def refusal(self, opened: "Opened", heed: bool = True) -> RouterError:
+        """The error of a reply that is not a success; counted. `heed`: whether what its body says counts."""
         response, request = opened.response, opened.response.request
         what = _what(request.method, request.url)
-        try:
-            body = await self._read(opened, MAX_PROBLEM)
-        except RouterError:
-            body = b""
+        body = b""
+        if heed:
+            with suppress(RouterError), trio.move_on_after(SILENCE_SECONDS):
+                body = await self._read(opened, MAX_PROBLEM)
         return self.count(failures.from_reply(what, response.status_code, response.headers, body, self._clock.now()))
 
     def count(self, error: RouterError) -> RouterError:
