@@ -9,6 +9,7 @@ from typing import Protocol
 import trio
 
 from xim_agent.backoff import Backoff
+from xim_agent.cache.memory import Received
 from xim_agent.outcome import Action, RouterError
 
 log = logging.getLogger("xim_agent.cache")
@@ -92,13 +93,21 @@ class Retry:
 
 
 async def get_blob(
-    source: BlobSource, digest: str, stored: int, retry: Retry, counters: Counters, arrived: Callable[[int], None]
-) -> bytearray:
+    source: BlobSource,
+    digest: str,
+    stored: int,
+    retry: Retry,
+    counters: Counters,
+    arrived: Callable[[int], None],
+    into: Received | None = None,
+) -> memoryview:
     """`stored` bytes, not verified. `arrived` is told of every piece (negative when bytes are dropped to start over).
+
+    `into`: empty memory for them, which the result is a view of.
 
     Raises WrongBlob, and RouterError where trying again cannot help. Cancellation drops what has come.
     """
-    data = bytearray()
+    data = Received(bytearray(stored)) if into is None else into
     while True:
         try:
             await _continue(source, digest, stored, data, retry, counters, arrived)
@@ -112,14 +121,14 @@ async def get_blob(
         if len(data) < stored:
             arrived(-len(data))
             raise WrongBlob(f"{len(data)} bytes instead of {stored}")
-        return data
+        return data.view()
 
 
 async def _continue(
     source: BlobSource,
     digest: str,
     stored: int,
-    data: bytearray,
+    data: Received,
     retry: Retry,
     counters: Counters,
     arrived: Callable[[int], None],

@@ -94,12 +94,13 @@ def read(path: Path, limit: int) -> bytes | None:
     except FileNotFoundError:
         return None
     with os.fdopen(fd, "rb", buffering=0) as file:
-        if os.fstat(fd).st_size > limit:
+        size = os.fstat(fd).st_size
+        if size > limit:
             raise Foreign(path, f"a file of more than {limit} bytes")
-        data = bytearray()
-        while len(data) <= limit and (piece := file.read(limit + 1 - len(data))):
+        data = file.read(size)  # at once as a rule, and then this is what is returned, without a copy
+        while len(data) < size and (piece := file.read(size - len(data))):
             data += piece
-        return bytes(data)
+        return data
 
 
 def publish(path: Path, data: bytes | bytearray | memoryview, mode: int) -> None:
