@@ -9,8 +9,9 @@ import trio
 
 from xim_agent.cache.manifest import CHUNK
 
-# Stored bytes in flight: 8 whole chunks. Each of 4 worker threads (download.WORKERS) holds a chunk and a piece more while
-# it decodes, each transfer what lies between socket and buffer (three reads of 512 KiB): 128 + 4 * 17 + 8 * 1.5 = 208 MiB.
+# Stored bytes in flight: 8 whole chunks. Each of 4 worker threads (download.WORKERS) holds a chunk and a piece more
+# while it decodes, each transfer what lies between socket and buffer (three reads of 512 KiB):
+# 128 + 4 * 17 + 8 * 1.5 = 208 MiB.
 MEMORY = 128 * 1024 * 1024
 _SMALL = 256 * 1024  # bytes; of those there may be many at once
 
