@@ -3,7 +3,6 @@ from typing import Any
 import pytest
 import trio
 
-from xim_agent.mesh.blob import READ
 from xim_agent.outcome import Action, RouterError
 
 
@@ -26,23 +25,6 @@ async def test_whole_ranged_and_not_ranged(client: Any, start: Any, login: Any, 
     assert await read(client, offset=5) == (200, 0, 10, b"abcdefghij")
     assert "range" not in server.calls[0].headers
     assert server.calls[0].headers["accept-encoding"] == "identity"
-
-
-async def test_what_has_come_is_read_in_large_pieces(client: Any, start: Any, login: Any, answer: Any) -> None:
-    size = 4 * 1024 * 1024
-
-    async def reply(call: Any) -> Any:
-        return answer(200, body=bytes(size))
-
-    server = await start(reply)
-    client.credentials = login(server.url)
-    async with client.blob("ab", 0) as blob:
-        pieces = []
-        async for piece in blob.chunks():
-            pieces.append(len(piece))
-            await trio.testing.wait_all_tasks_blocked()  # the server has sent what the socket takes
-    assert sum(pieces) == size
-    assert 64 * 1024 < max(pieces) <= READ
 
 
 async def test_beyond_the_end(client: Any, start: Any, login: Any, answer: Any) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 
 from xim_agent import files
 from xim_agent.cache import tree
+from xim_agent.cache.codec import Data
 from xim_agent.cache.manifest import CHUNK, MARKER, Manifest
 
 _LINE = re.compile(rb"(\d{1,9}) (\d{1,9})")
-Data = bytes | bytearray | memoryview
-_PIECE = 512 * 1024
+_PIECE = 1024 * 1024
 _MAX_JOURNAL = 64 * 1024 * 1024
 
 

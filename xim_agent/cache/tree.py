@@ -94,13 +94,14 @@ def read(path: Path, limit: int) -> bytes | None:
     except FileNotFoundError:
         return None
     with os.fdopen(fd, "rb", buffering=0) as file:
-        size = os.fstat(fd).st_size
-        if size > limit:
+        left = os.fstat(fd).st_size
+        if left > limit:
             raise Foreign(path, f"a file of more than {limit} bytes")
-        data = file.read(size)  # at once as a rule, and then this is what is returned, without a copy
-        while len(data) < size and (piece := file.read(size - len(data))):
-            data += piece
-        return data
+        pieces = []
+        while left and (piece := file.read(left)):
+            pieces.append(piece)
+            left -= len(piece)
+        return b"".join(pieces)
 
 
 def publish(path: Path, data: bytes | bytearray | memoryview, mode: int) -> None:

@@ -4,7 +4,6 @@ import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
-import httpcore
 import httpx
 
 from xim_agent.mesh.transport import Opened, Transport
@@ -12,10 +11,6 @@ from xim_agent.outcome import RouterError
 
 SILENCE_SECONDS = 30.0
 MAX_REDIRECTS = 5
-# In reads of 64 KiB, httpcore's own size, a gigabyte costs 2.5 s of CPU on its way through h11, httpcore and httpx; of
-# 512 KiB 1.5 s. A read returns what has come, so that nothing waits for more.
-READ = 512 * 1024
-httpcore.AsyncHTTP11Connection.READ_NUM_BYTES = READ
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18}|\*)")
 
 
