@@ -192,7 +192,12 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", action="append", help="rows whose names begin so")
-    parser.add_argument("--directory", type=Path, default=ROOT / ".work", help="where 6 times the model fits, 3 times for the cache alone")
+    parser.add_argument(
+        "--directory",
+        type=Path,
+        default=ROOT / ".work",
+        help="where 6 times the model fits, 3 times for the cache alone",
+    )
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     options.directory.mkdir(exist_ok=True)
