@@ -1,7 +1,7 @@
 """The journal, and the pipeline on a disk that fails."""
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,23 @@ def test_what_a_crash_left_half_written_goes(tmp_path: Path) -> None:
         (tmp_path / left).write_bytes(b"half")
     assert Partial(tmp_path / "p", MANIFEST).done == {(1, 0)}
     assert {p.name for p in (tmp_path / "p").rglob("*")} == {"files", "journal", "small"}
+
+
+def test_a_chunk_may_come_in_pieces_and_is_done_with_the_last(tmp_path: Path) -> None:
+    def pieces(fail: bool) -> Iterator[bytes]:
+        yield b"sm"
+        yield b"al"
+        if fail:
+            raise OSError(errno.EIO, "broken")
+        yield b"l"
+
+    partial = Partial(tmp_path / "p", MANIFEST)
+    with pytest.raises(OSError, match="broken"):
+        partial.write(1, 0, pieces(fail=True))
+    assert Partial(tmp_path / "p", MANIFEST).done == partial.done == set()
+    partial.write(1, 0, pieces(fail=False))
+    assert (tmp_path / "p/files/small").read_bytes() == b"small"
+    assert Partial(tmp_path / "p", MANIFEST).done == {(1, 0)}
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import errno
 import functools
 import logging
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import trio
@@ -12,6 +12,7 @@ import trio
 from xim_agent.backoff import Backoff
 from xim_agent.cache import codec, tree
 from xim_agent.cache.manifest import ManifestRefused
+from xim_agent.cache.memory import Buffers, Memory, Received, cost
 from xim_agent.cache.partial import Partial
 from xim_agent.cache.store import Store
 from xim_agent.cache.transfer import BlobSource, Counters, Retry, WrongBlob, get_blob
@@ -20,9 +21,8 @@ from xim_agent.mesh.messages import Progress
 
 log = logging.getLogger("xim_agent.cache")
 
-# Stored bytes in flight: 8 whole chunks. Each of 4 worker threads holds two chunks more while it decodes
-# (the plain bytes, and the planes of zstd-split2): 128 + 4 * 32 = 256 MiB in all stages.
-MEMORY = 128 * 1024 * 1024
+# Also with fewer cores, since some wait for the disk. More would not help: joining planes (2 GB/s) holds the
+# interpreter's lock, and a file is hashed by one thread (1.8 GB/s).
 WORKERS = 4
 _REPORT = 1.0
 _LOG = 10
@@ -37,26 +37,6 @@ class Job:
     blob: str
     stored: int
     places: tuple[tuple[int, int], ...]
-
-
-@dataclass
-class Memory:
-    """Bytes that may be held; first come, first served. More than `free` at once waits until all else is back."""
-
-    free: int = MEMORY
-    _turn: trio.Lock = field(default_factory=trio.Lock)
-    _back: trio.Event = field(default_factory=trio.Event)
-
-    async def take(self, amount: int) -> None:
-        async with self._turn:
-            while self.free < amount:
-                self._back = trio.Event()
-                await self._back.wait()
-            self.free -= amount
-
-    def give(self, amount: int) -> None:
-        self.free += amount
-        self._back.set()
 
 
 @dataclass
@@ -96,6 +76,7 @@ class Fetch:
         self._transfers = trio.Semaphore(downloads)
         self._slots = trio.Semaphore(downloads + WORKERS)
         self._memory = Memory()
+        self._buffers = Buffers()
         self._threads = trio.CapacityLimiter(WORKERS)
         self._hashing = [trio.Lock() for _ in self.manifest.files]
         self._hashers = [partial.new_hasher() for _ in self.manifest.files]
@@ -144,18 +125,21 @@ class Fetch:
         if await self._thread(self.store.has_blob, job.blob):
             self._hit(job)
         else:
-            data = await self._fetched(job)
-            await self._thread(self.store.write_blob, job.blob, data)
+            with self._buffers.lent(job.stored) as received:
+                data = await self._fetched(job, received)
+                await self._thread(self.store.write_blob, job.blob, data)
 
     async def _expand(self, job: Job, keep: bool, eaten: frozenset[str]) -> None:
-        data: bytes | bytearray | None = await self._thread(self._stored, job)
-        if data is not None:
+        stored = await self._thread(self._stored, job)
+        if stored is not None:
             self._hit(job)
+            await self._thread(self._write, job, stored, job.blob in eaten)
         else:
-            data = await self._fetched(job)
-            if keep:
-                await self._thread(self.store.write_blob, job.blob, data)
-        await self._thread(self._write, job, data, job.blob in eaten)
+            with self._buffers.lent(job.stored) as received:
+                data = await self._fetched(job, received)
+                if keep:
+                    await self._thread(self.store.write_blob, job.blob, data)
+                await self._thread(self._write, job, data, job.blob in eaten)
         for i in {i for i, _ in job.places}:
             await self._advance(i)
 
@@ -175,13 +159,14 @@ class Fetch:
         self.store.drop_blob(job.blob)
         return None
 
-    async def _fetched(self, job: Job) -> bytearray:
+    async def _fetched(self, job: Job, into: Received) -> memoryview:
         """The verified bytes from the router. Wrong ones are fetched once more, then the model is refused."""
         for _ in range(2):
+            del into[0:]
             try:
                 async with self._transfers:
                     data = await get_blob(
-                        self.source, job.blob, job.stored, self._retry(), self.counters, self._arrived
+                        self.source, job.blob, job.stored, self._retry(), self.counters, self._arrived, into
                     )
             except WrongBlob as e:
                 why = str(e)
@@ -199,16 +184,16 @@ class Fetch:
             exit_code=Exit.CONFIG,
         )
 
-    def _write(self, job: Job, data: bytes | bytearray, drop: bool) -> None:
+    def _write(self, job: Job, data: codec.Data, drop: bool) -> None:
         """Writes all places of a verified blob; `drop` in the same go, so that few chunks are on the disk twice."""
         for i, j in job.places:
             chunk = self.manifest.files[i].chunks[j]
             try:
-                plain = codec.decode(data, chunk.codec, chunk.size)
+                pieces = codec.pieces(data, chunk.codec, chunk.size)
             except codec.CorruptChunk as e:
                 path = self.manifest.files[i].path
                 raise ManifestRefused("chunk_undecodable", f"chunk {j} of {path!r} ({job.blob}): {e}") from e
-            self.partial.write(i, j, plain)
+            self.partial.write(i, j, pieces)
         if drop:
             self.store.drop_blob(job.blob)
 
@@ -238,7 +223,7 @@ class Fetch:
             ticking.start_soon(self._tick)
             async with trio.open_nursery() as nursery:
                 for item in items:
-                    held = item.stored if isinstance(item, Job) else 0
+                    held = cost(item.stored) if isinstance(item, Job) else 0
                     await self._slots.acquire()
                     await self._memory.take(held)
                     nursery.start_soon(self._guarded, handle, item, held, nursery.cancel_scope)

@@ -5,12 +5,14 @@ import os
 import re
 import stat
 import threading
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from xim_agent import files
 from xim_agent.cache import tree
+from xim_agent.cache.codec import Data
 from xim_agent.cache.manifest import CHUNK, MARKER, Manifest
 
 _LINE = re.compile(rb"(\d{1,9}) (\d{1,9})")
@@ -95,11 +97,13 @@ class Partial:
         missing = {c.blob for i, j, c in self.manifest.places() if (i, j) not in self.done}
         return frozenset(self.manifest.blobs().keys() - missing)
 
-    def write(self, i: int, j: int, data: bytes | bytearray) -> None:
-        """Writes chunk `j` of file `i`, makes it durable, then journals it."""
-        fd = self._open(i)
+    def write(self, i: int, j: int, data: Data | Iterator[Data]) -> None:
+        """Writes chunk `j` of file `i` (whole, or piece by piece), makes it durable, then journals it."""
+        fd, at = self._open(i), j * CHUNK
         try:
-            files.write_all(fd, data, j * CHUNK)
+            for piece in data if isinstance(data, Iterator) else (data,):
+                files.write_all(fd, piece, at)
+                at += len(piece)
             os.fdatasync(fd)
         finally:
             os.close(fd)

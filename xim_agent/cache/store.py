@@ -175,7 +175,7 @@ class Store:
             self.drop_blob(digest)
             return None
 
-    def write_blob(self, digest: str, data: bytes | bytearray) -> None:
+    def write_blob(self, digest: str, data: bytes | bytearray | memoryview) -> None:
         path = self.blob(digest)
         tree.make_directory(path.parent)
         tree.publish(path, data, 0o640)

@@ -3,13 +3,14 @@
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Protocol
 
 import trio
 
 from xim_agent.backoff import Backoff
+from xim_agent.cache.memory import Received
 from xim_agent.outcome import Action, RouterError
 
 log = logging.getLogger("xim_agent.cache")
@@ -93,17 +94,26 @@ class Retry:
 
 
 async def get_blob(
-    source: BlobSource, digest: str, stored: int, retry: Retry, counters: Counters, arrived: Callable[[int], None]
-) -> bytearray:
+    source: BlobSource,
+    digest: str,
+    stored: int,
+    retry: Retry,
+    counters: Counters,
+    arrived: Callable[[int], None],
+    into: Received | None = None,
+) -> memoryview:
     """`stored` bytes, not verified. `arrived` is told of every piece (negative when bytes are dropped to start over).
+
+    `into`: empty memory for them, which the result is a view of.
 
     Raises WrongBlob, and RouterError where trying again cannot help. Cancellation drops what has come.
     """
-    transfer = _Transfer(source, digest, stored, retry, counters, arrived)
+    data = Received(bytearray(stored)) if into is None else into
+    transfer = _Transfer(source, digest, stored, retry, counters, arrived, data)
     try:
         return await transfer.run()
     except WrongBlob:
-        arrived(-len(transfer.data))
+        arrived(-len(data))
         raise
 
 
@@ -119,10 +129,10 @@ class _Transfer:
     retry: Retry
     counters: Counters
     arrived: Callable[[int], None]
-    data: bytearray = field(default_factory=bytearray)
+    data: Received
     far: int = 0
 
-    async def run(self) -> bytearray:
+    async def run(self) -> memoryview:
         while True:
             before = self.far
             try:
@@ -137,7 +147,7 @@ class _Transfer:
                 if len(self.data) < self.stored and self.far == before:
                     raise WrongBlob(f"{len(self.data)} bytes instead of {self.stored}")
             if len(self.data) == self.stored:  # if nothing is missing but a clean end of the reply, all is well
-                return self.data
+                return self.data.view()
             await self.retry.wait(short)
 
     async def _continue(self) -> None:
