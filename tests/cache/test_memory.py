@@ -51,7 +51,7 @@ def test_nothing_is_received_beyond_the_memory() -> None:
 
 def test_memory_is_used_again_and_never_by_two_at_once() -> None:
     buffers = Buffers()
-    with buffers.lent(CHUNK) as one, buffers.lent(BIG) as two:
+    with buffers.lent(CHUNK) as one, buffers.lent(CHUNK - 1) as two:
         one += b"one"
         two += b"two"
         assert (one.view(), two.view()) == (b"one", b"two")
@@ -62,8 +62,20 @@ def test_memory_is_used_again_and_never_by_two_at_once() -> None:
         raise KeyError
     with buffers.lent(CHUNK) as a, buffers.lent(CHUNK) as b:
         assert {id(a.view().obj), id(b.view().obj)} == used
+    assert len(buffers._free) == 2
     with buffers.lent(10) as small:
         assert len(small.view().obj) == 10
+
+
+def test_memory_is_as_large_as_the_largest_chunk_and_what_is_too_small_goes() -> None:
+    buffers = Buffers()
+    for stored in (BIG, CHUNK // 2, BIG, CHUNK, BIG):
+        with buffers.lent(stored):
+            pass
+    assert [len(memory) for memory in buffers._free] == [CHUNK]
+    with buffers.lent(CHUNK), buffers.lent(BIG):
+        pass
+    assert sorted(len(memory) for memory in buffers._free) == [1024 * 1024, CHUNK]
 
 
 BLOBS = {sha256(data).hexdigest(): data for data in (bytes([n]) * BIG for n in range(COUNT))}

@@ -14,6 +14,7 @@ from xim_agent.cache.manifest import CHUNK
 # 128 + 4 * 17 + 8 * 1.5 = 208 MiB.
 MEMORY = 128 * 1024 * 1024
 _SMALL = 256 * 1024  # bytes; of those there may be many at once
+_STEP = 1024 * 1024  # chunks of one model differ a little in size, and shall fit into each other's buffers
 
 
 @dataclass
@@ -64,7 +65,7 @@ class Received:
 
 
 def cost(stored: int) -> int:
-    """Bytes of memory for a chunk of `stored` bytes."""
+    """Bytes of memory for a chunk of `stored` bytes, the buffer of an earlier, larger one included."""
     return stored if stored <= _SMALL else CHUNK
 
 
@@ -80,7 +81,10 @@ class Buffers:
         if stored <= _SMALL:
             yield Received(bytearray(stored))
             return
-        memory = self._free.pop() if self._free else bytearray(CHUNK)
+        self._free.sort(key=len)
+        memory = self._free.pop() if self._free else bytearray()
+        if len(memory) < stored:
+            memory = bytearray(-(-stored // _STEP) * _STEP)
         try:
             yield Received(memory)
         finally:
