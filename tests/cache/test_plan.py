@@ -194,7 +194,7 @@ def test_the_reserve_for_compile_caches_shrinks_as_they_grow() -> None:
 
 
 def test_the_own_chunks_of_a_ready_model_are_a_second_copy() -> None:
-    """Where the bound was lowered they go in its place, after what others have ready and before the chunks of others."""
+    """Where the bound was lowered they go after what others have ready, before the chunks of others."""
     own, other = model("new", chunks=40 * MB, ready=60 * MB), model("a", chunks=10 * MB, ready=5 * MB, used=9.0)
     wanted = replace(need(), files=0)
     found = {
