@@ -141,6 +141,13 @@ def test_a_blob_that_the_operation_needs_stays() -> None:
     assert [s.blobs for s in p.steps if isinstance(s, Evict)] == [frozenset({"a1", "a2", "a3"})]
 
 
+def test_a_chunk_whose_manifest_was_lost_stays_where_the_operation_needs_it() -> None:
+    a = Inventory(blobs={"new0": 10 * MB, "lost": 10 * MB})
+    p = plan(a, need(), limits(105 * MB), Holds())
+    assert [s.blobs for s in p.steps if isinstance(s, Evict)] == [frozenset({"lost"})]
+    assert p.steps[-1] == Expand(keep=True)
+
+
 def test_case_1_chunks_while_serving_then_drain_and_expand() -> None:
     p = plan(inventory(OLD), need(), limits(110 * MB), SERVING)
     assert p.case is Case.CHUNKS_FIRST
