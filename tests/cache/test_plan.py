@@ -6,7 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from xim_agent.cache.inventory import BLOCK, Evict, Inventory, Model, Partial, allocated
-from xim_agent.cache.plan import GIB, CacheRefused, Case, Drain, Expand, Fetch, Holds, Limits, Need, Plan, plan
+from xim_agent.cache.plan import GIB, CacheRefused, Case, Drain, Expand, Fetch, Holds, Limits, Need, Plan, plan, trim
 
 MB = 1_000_000
 NOW = 1e9
@@ -141,6 +141,13 @@ def test_a_blob_that_the_operation_needs_stays() -> None:
     assert [s.blobs for s in p.steps if isinstance(s, Evict)] == [frozenset({"a1", "a2", "a3"})]
 
 
+def test_a_chunk_whose_manifest_was_lost_stays_where_the_operation_needs_it() -> None:
+    a = Inventory(blobs={"new0": 10 * MB, "lost": 10 * MB})
+    p = plan(a, need(), limits(105 * MB), Holds())
+    assert [s.blobs for s in p.steps if isinstance(s, Evict)] == [frozenset({"lost"})]
+    assert p.steps[-1] == Expand(keep=True)
+
+
 def test_case_1_chunks_while_serving_then_drain_and_expand() -> None:
     p = plan(inventory(OLD), need(), limits(110 * MB), SERVING)
     assert p.case is Case.CHUNKS_FIRST
@@ -191,6 +198,53 @@ def test_the_reserve_for_compile_caches_shrinks_as_they_grow() -> None:
         plan(Inventory(), replace(wanted, files=198 * GIB + 1), Limits(bound, ROOMY, ROOMY, NOW, "1.0"), Holds())
     compiled = inventory(compile={"1.0": GIB})
     assert plan(compiled, replace(wanted, files=198 * GIB), Limits(bound, ROOMY, ROOMY, NOW, "1.0"), Holds())
+
+
+def test_the_own_chunks_of_a_ready_model_are_a_second_copy() -> None:
+    """Where the bound was lowered they go after what others have ready, before the chunks of others."""
+    own, other = model("new", chunks=40 * MB, ready=60 * MB), model("a", chunks=10 * MB, ready=5 * MB, used=9.0)
+    wanted = replace(need(), files=0)
+    found = {
+        gone: shape(plan(inventory(own, other), wanted, Limits((115 - gone) * MB, 0, ROOMY), Holds()))
+        for gone in (0, 5, 45, 55)
+    }
+    assert found[0] == []
+    assert found[5] == [("ready", "a")]
+    assert found[45] == [("ready", "a"), ("chunks", "new")]
+    assert found[55] == [("ready", "a"), ("chunks", "new"), ("chunks", "a")]
+
+
+def test_a_chunk_that_is_cut_short_is_needed_again() -> None:
+    cut = model("new", chunks=40 * MB)
+    short = replace(inventory(cut), blobs={**cut["blobs"], "new0": 0})
+    assert plan(short, need(), limits(100 * MB), Holds()).steps == (Expand(keep=True),)
+    assert plan(short, need(), limits(95 * MB), Holds()).steps == (Expand(keep=False),)
+
+
+def test_what_grows_beside_the_model_is_planned_too() -> None:
+    beside = replace(need(), beside=MB)
+    assert plan(Inventory(), beside, limits(101 * MB), Holds()).steps == (Expand(keep=True),)
+    assert plan(Inventory(), beside, limits(100 * MB), Holds()).steps == (Expand(keep=False),)
+    with pytest.raises(CacheRefused):
+        plan(Inventory(), beside, limits(60 * MB), Holds())
+
+
+def test_trimming_takes_the_wanted_model_last_and_nothing_held() -> None:
+    world = inventory(
+        model("used", chunks=8 * MB, ready=8 * MB),
+        model("want", chunks=8 * MB, ready=8 * MB, used=1.0),
+        model("kept", chunks=8 * MB, ready=8 * MB, used=2.0),
+        model("a", chunks=8 * MB, ready=8 * MB, used=3.0),
+        quarantine=8 * MB,
+        compile={"0.9": 8 * MB, "1.0": 8 * MB},
+    )
+    holds = Holds(in_use=frozenset({"used"}), pinned=frozenset({"kept"}))
+    steps = trim(world, "want", limits(0), holds)
+    order = ["", "0.9", "a", "used", "a", "want", "want"]
+    assert [(s.key, s.what) for s in steps] == list(
+        zip(order, ["quarantine", "compile", "ready", "chunks", "chunks", "ready", "chunks"], strict=True)
+    )
+    assert trim(world, "want", replace(limits(0), bound=world.total), holds) == ()
 
 
 # -- never above the bound, whatever is there and whatever is wanted ----------------------------------------------
