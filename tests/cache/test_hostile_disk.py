@@ -498,4 +498,5 @@ def test_a_journal_says_nothing_but_chunks_whose_bytes_are_there(data: bytes, si
         lines = data.split(b"\n")[:-1]  # the last one is torn
         done = {(i, 0) for i, size in enumerate(sizes) if size >= 5 + i and {b"%d 0" % i, b"0%d 0" % i} & set(lines)}
         assert Partial(root, SMALL).done == done
-        assert (root / "journal").read_bytes() == b"".join(b"%d %d\n" % place for place in sorted(done))
+        assert (root / "journal").read_bytes()[-1:] in (b"", b"\n")  # what is written next is no part of a torn line
+        assert Partial(root, SMALL).done == done
