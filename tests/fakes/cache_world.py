@@ -52,11 +52,13 @@ def _contents() -> dict[str, dict[str, bytes]]:
         "c@1": {"two.safetensors": bytes(CHUNK) + hard[4], "one.safetensors": hard[4], "empty": b""},
         "d@1": {f"{'deep/' * i}{i}/{j}.json": soft[1 + j % 2] + bytes([i]) for i in range(3) for j in range(4)}
         | {"again.json": soft[1] + bytes([0])},
+        "e@1": {f"{i}.safetensors": rand.randbytes(30_000) for i in range(20)},
     }
 
 
 def library(root: Path) -> dict[str, Book]:
-    """By MODEL@REV. a@1, a@2, b@1 and c@1 have chunks in common, c@1 has a file of two chunks, d@1 many directories."""
+    """By MODEL@REV. a@1, a@2, b@1 and c@1 have chunks in common, c@1 has a file of two chunks, d@1 many directories,
+    e@1 many chunks."""
     books = {}
     for name, content in _contents().items():
         source, (model, revision) = root / name, name.split("@")
