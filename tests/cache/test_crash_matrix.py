@@ -153,7 +153,7 @@ SCENES = {
     "stored chunks are eaten": Scene(
         lambda b, c: b.make(c, LONG),
         stored,
-        bound=1_500_000,
+        bound=1_350_000,
         model=LONG,
         shows=lambda b: made(LONG)(b) and not b.seen().good and not b.shelf.reads,
     ),

@@ -123,7 +123,8 @@ class Router:
         api = self.agents
 
         def route(path: str, method: str, limit: int, handle: Any, admit: Any = api.agent) -> Route:
-            return Route(path, Endpoint(frozenset({method}), limit, admit, handle, agents=True))
+            methods = frozenset({"GET", "HEAD"} if handle in (manifest, blob) else {method})
+            return Route(path, Endpoint(methods, limit, admit, handle, agents=True))
 
         async def manifest(request: Request, _: Any) -> ASGIApp:
             return await blobs.manifest_endpoint(request)

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
+_RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.IGNORECASE)
 _PIECE = 256 * 1024
 _ENCODE_ABOVE = 1024
 
@@ -39,9 +39,9 @@ async def blob_endpoint(request: Request) -> Response:
     size = (await trio.to_thread.run_sync(path.stat)).st_size
     etag = f'"{digest}"'
     headers = {"ETag": etag, "Accept-Ranges": "bytes", "Cache-Control": "private, max-age=31536000, immutable"}
-    if etag in [t.strip() for t in request.headers.get("if-none-match", "").split(",")]:
+    if {etag, "*"} & {t.strip().removeprefix("W/") for t in request.headers.get("if-none-match", "").split(",")}:
         return Response(status_code=304, headers=headers)
-    if request.headers.get("if-range", etag) != etag:
+    if request.method != "GET" or request.headers.get("if-range", etag) != etag:
         return _File(path, 0, size, 200, headers)
     span = _span(request.headers.get("range", ""), size)
     if span is None:

@@ -56,12 +56,16 @@ def publish(
     `revision` None: derived from the content. `progress` is told (bytes done, bytes in all); `workers`: zstd threads.
     The manifest is written last and every file by one rename, so a run that is cut leaves only chunks that the next
     one finds. Links to files are followed. Raises AgentError `model_name`, `model_path`, `model_changed`,
-    `publish_io`, and ManifestRefused, before anything is read where that can be known.
+    `publish_io`, `disk_full`, and ManifestRefused, before anything is read where that can be known.
     """
     check_name(name)
     try:
         return _publish(path, name, revision, data_dir / "models", progress, max(1, workers))
     except OSError as e:
+        if files.is_full(e):
+            hint = "free some, for example with `router model gc`, and publish again: what is stored is kept"
+            message = f"{path} cannot be published: no space is left for {data_dir}"
+            raise AgentError("disk_full", message, hint=hint, exit_code=Exit.STATE) from e
         raise AgentError("publish_io", f"{path} cannot be published: {e}", exit_code=Exit.STATE) from e
 
 
@@ -79,6 +83,7 @@ def _publish(
     _checked(Manifest(FORMAT, name, "", tuple(File(p, 0, sha256().hexdigest(), ()) for p in kept)))
     blobs = _Blobs(store, sum((root / p).stat().st_size for p in kept), progress, workers)
     entries = tuple(blobs.add(root, p) for p in kept)
+    blobs.check_unchanged(root)
     revision = revision or sha256(encode(Manifest(FORMAT, "", "", entries))).hexdigest()[:12]
     manifest = Manifest(FORMAT, name, revision, entries)
     data, digest = _checked(manifest)
@@ -158,11 +163,13 @@ class _Blobs:
         self._root, self._total, self._progress, self._workers = root, total, progress, workers
         self._done = 0
         self._buffer = bytearray(CHUNK)
+        self._seen: dict[str, tuple[int, ...]] = {}
 
     def add(self, root: Path, relative: str) -> File:
         whole, chunks = sha256(), []
         with (root / relative).open("rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
+            info = os.fstat(file.fileno())
+            self._seen[relative] = _state(info)
             while data := self._read(file.fileno()):
                 whole.update(data)
                 chunks.append(self._chunk(data))
@@ -170,9 +177,15 @@ class _Blobs:
                 data.release()
                 if self._progress:
                     self._progress(self._done, self._total)
-        if sum(c.size for c in chunks) != size:
-            raise AgentError("model_changed", f"{relative} changed while it was read", hint="publish it again")
-        return File(relative, size, whole.hexdigest(), tuple(chunks))
+        if sum(c.size for c in chunks) != info.st_size:
+            raise _changed(relative)
+        return File(relative, info.st_size, whole.hexdigest(), tuple(chunks))
+
+    def check_unchanged(self, root: Path) -> None:
+        """Raises AgentError `model_changed` when a file is no longer what was read."""
+        for relative, state in self._seen.items():
+            if _state((root / relative).stat()) != state:
+                raise _changed(relative)
 
     def _read(self, fd: int) -> memoryview:
         """The next whole chunk, the last one shorter, empty at the end."""
@@ -188,3 +201,13 @@ class _Blobs:
         if not _has(path, digest):
             files.publish(path, stored, 0o640)
         return Chunk(digest, len(stored), len(data), name)
+
+
+def _state(info: os.stat_result) -> tuple[int, ...]:
+    """Other numbers after any write, also one that sets the times back."""
+    return (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+
+
+def _changed(relative: str) -> AgentError:
+    message = f"{relative} changed while it was published"
+    return AgentError("model_changed", message, hint="publish it again when nothing writes to it", exit_code=Exit.STATE)
