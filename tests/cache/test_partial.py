@@ -1,6 +1,7 @@
 """The journal, and the pipeline on a disk that fails."""
 
 import errno
+import resource
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -46,6 +47,24 @@ def test_the_journal_survives_and_torn_lines_do_not_count(tmp_path: Path) -> Non
     assert again.done_blobs() == {chunk(BIG).blob, chunk(b"small").blob}
     again.write(0, 1, b"end")
     assert Partial(tmp_path / "p", MANIFEST).done == {(0, 0), (0, 1), (1, 0)}
+
+
+def test_a_line_that_the_disk_takes_half_of_is_taken_back(tmp_path: Path) -> None:
+    """Else it would become one with the next line and name another chunk. A limit of file sizes is the disk."""
+    partial = Partial(tmp_path / "p", MANIFEST)
+    journal = tmp_path / "p/journal"
+    journal.write_bytes(b"x" * 99 + b"\n")
+    was = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (102, was[1]))
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            partial.write(1, 0, b"small")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, was)
+    assert journal.stat().st_size == 100
+    assert partial.done == set()
+    partial.write(1, 0, b"small")
+    assert Partial(tmp_path / "p", MANIFEST).done == {(1, 0)}
 
 
 def test_a_line_whose_bytes_are_gone_does_not_count(tmp_path: Path) -> None:
