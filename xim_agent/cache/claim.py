@@ -1,8 +1,10 @@
 """Who may use a cache directory: one process at a time, and only an agent that knows its format."""
 
 import errno
+import fcntl
 import os
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from xim_agent import files
@@ -15,6 +17,34 @@ SILENT_SECONDS = 2.0  # within these a holder has said what it is, unless it is 
 COMMAND = "command"  # what holds the lock for a moment is a command of an operator, not an agent
 
 
+def hold(root: Path) -> int:
+    """The descriptor that holds the kernel's lock on the directory itself: whoever deletes or replaces the lock file
+    lets no second process in.
+
+    Raises AgentError `cache_in_use`, OSError.
+    """
+    fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        if isinstance(error, BlockingIOError):
+            raise _in_use(root / LOCK, holder(root / LOCK).pid) from None
+        raise
+    return fd
+
+
+def _in_use(path: Path, pid: str) -> AgentError:
+    since = files.modified(path)
+    when = f", since {datetime.fromtimestamp(since, UTC):%Y-%m-%dT%H:%M:%SZ}" if since else ""
+    return AgentError(
+        "cache_in_use",
+        f"the model cache {path.parent} is used by another agent, process {pid}{when}",
+        hint="give each agent on this host its own XEROTIER_AGENT_MODEL_CACHE_PATH",
+        exit_code=Exit.ALREADY_RUNNING,
+    )
+
+
 def lock(path: Path) -> int:
     """The descriptor that holds the lock, until it is closed or the process ends.
 
@@ -23,12 +53,7 @@ def lock(path: Path) -> int:
     try:
         return files.lock(path, 0o640)
     except files.Held as held:
-        raise AgentError(
-            "cache_in_use",
-            f"the model cache {path.parent} is used by another agent, process {held.pid}",
-            hint="give each agent on this host its own XEROTIER_AGENT_MODEL_CACHE_PATH",
-            exit_code=Exit.ALREADY_RUNNING,
-        ) from None
+        raise _in_use(path, held.pid) from None
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EMLINK, errno.ENXIO):
             raise tree.Foreign(path, "not a plain file with one name") from None

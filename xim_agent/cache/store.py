@@ -36,9 +36,10 @@ class Known:
 
 @dataclass
 class Store:
-    """Open for one process at a time: `lock` is held by flock until `close` or the end of the process."""
+    """Open for one process at a time: `lock` and `home` are held by flock until `close` or the end of the process."""
 
     root: Path
+    home: int
     lock: int
     index: Index
     known: dict[str, Known] = field(default_factory=dict)
@@ -52,14 +53,19 @@ class Store:
         open.
         """
         root = directory.expanduser().resolve()
+        made = [path for path in (root, *root.parents) if not os.path.lexists(path)]
         root.mkdir(mode=0o750, parents=True, exist_ok=True)
+        for path in made:
+            files.sync_directory(path.parent)
         for name in FOLDERS:
             tree.make_directory(root / name)
         with ExitStack() as opened:
+            home = claim.hold(root)
+            opened.callback(os.close, home)
             lock = claim.lock(root / "lock")
             opened.callback(os.close, lock)
             claim.check_format(root / "FORMAT")
-            store = cls(root, lock, Index(root / "index.sqlite"))
+            store = cls(root, home, lock, Index(root / "index.sqlite"))
             opened.callback(store.index.close)
             store._adopt()
             opened.pop_all()
@@ -68,6 +74,7 @@ class Store:
     def close(self) -> None:
         self.index.close()
         os.close(self.lock)
+        os.close(self.home)
 
     # -- adoption ------------------------------------------------------------------------------------------------
 

@@ -56,9 +56,10 @@ def directory(path: Path) -> Iterator[int]:
 
 
 def make_directory(path: Path) -> None:
-    """Its parent exists; it may exist too. Raises Foreign, OSError."""
+    """Its parent exists; it may exist too. One that is made survives a power loss. Raises Foreign, OSError."""
     with directory(path.parent) as parent, suppress(FileExistsError):
         os.mkdir(path.name, 0o750, dir_fd=parent)
+        files.sync_at(parent)
     with directory(path):
         pass
 
