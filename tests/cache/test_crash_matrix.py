@@ -2,7 +2,8 @@
 
 Nothing is listed here by hand: each scene is run once and recorded, then killed at each of its operations, and cut at
 each of them in every way that fakes/power.py knows. After each, the cache starts, has nothing that is complete in name
-only, makes the model without asking the network for what it has, stays within the bound, and verifies.
+only, makes the model without asking the network for what it has, stays within the bound, and verifies. A power cut
+takes what was in flight, no more.
 """
 
 import os
@@ -23,6 +24,7 @@ from fakes.cache_world import Book, Seen, Shelf, library, see
 from xim_agent import files
 from xim_agent.backoff import Backoff
 from xim_agent.cache.admin import Commands
+from xim_agent.cache.download import WORKERS
 from xim_agent.cache.inventory import Evict
 from xim_agent.cache.ledger import Cause
 from xim_agent.cache.manifest import CHUNK
@@ -33,6 +35,7 @@ from xim_agent.clock import SystemClock
 from xim_agent.health import Health
 
 ROOMY = 10_000_000
+DOWNLOADS = 2
 KEPT, WANTED, LONG = "a@1", "b@1", "e@1"
 
 
@@ -56,7 +59,7 @@ class Bench:
         async with Cache(
             directory=self.root,
             max_bytes=self.bound,
-            downloads=2,
+            downloads=DOWNLOADS,
             source=self.shelf,
             allow_unsafe=False,
             clock=SystemClock(),
@@ -269,9 +272,15 @@ def matrix(scene: Scene, books: dict[str, Book], root: Path, most: int | None) -
         reached += killed(bench, scene, at, torn)
         checked(bench, scene, known, f"killed at {at}{' (torn)' if torn else ''}, {calls[at - 1]!r:.90}")
     assert reached >= 0.8 * len(spread(points, most)), f"{reached} of {len(points)} points were reached"
-    for what, tree in spread(list(power.cuts(root / "before", calls)), most):
+    for what, tree, whole in spread(list(power.cuts(root / "before", calls)), most):
+        bench = fresh(root, books, scene)
+        power.make(whole, bench.root)
+        was = bench.seen()
         bench = fresh(root, books, scene)
         power.make(tree, bench.root)
+        digest = books[scene.model].digest
+        lost = was.has(digest) - bench.seen().has(digest)
+        assert digest in bench.seen().ready or len(lost) <= DOWNLOADS + WORKERS, f"{what}: lost {lost}"
         checked(bench, scene, known, what)
 
 

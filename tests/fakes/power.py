@@ -154,8 +154,9 @@ class Disk:
                 found[path] = child.safe_data
 
 
-def cuts(before: Path, calls: list[Call]) -> Iterator[tuple[str, Tree]]:
-    """Every tree that a cut at any moment of `calls` may leave of `before`, each once, with what led to it."""
+def cuts(before: Path, calls: list[Call]) -> Iterator[tuple[str, Tree, Tree]]:
+    """Every tree that a cut at any moment of `calls` may leave of `before`, each once: what led to it, the tree, and
+    how programs saw it."""
     disk, seen = Disk(before), set[int]()
     older = deepcopy(disk)
     for n, call in enumerate([None, *calls]):
@@ -168,7 +169,7 @@ def cuts(before: Path, calls: list[Call]) -> Iterator[tuple[str, Tree]]:
                 if key not in seen:
                     seen.add(key)
                     what = f"{call[0]} {call[1][0]}" if call else "the start"
-                    yield f"cut after {n}, {what}: safe and {rule}", tree
+                    yield f"cut after {n}, {what}: safe and {rule}", tree, disk.left("all")
         if call is not None and call[0] in ("fsync", "fdatasync"):
             older = deepcopy(disk)  # a journal is written with the next sync of anything
 

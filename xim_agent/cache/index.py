@@ -2,12 +2,14 @@
 
 import logging
 import sqlite3
+from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import msgspec
 
+from xim_agent import files
 from xim_agent.cache import tree
 
 log = logging.getLogger("xim_agent.cache")
@@ -85,12 +87,21 @@ class Index:
         self._db.execute("DELETE FROM models WHERE manifest=?", (manifest,))
         self._save()
 
-    def keep(self, manifests: AbstractSet[str]) -> None:
-        """All others go."""
-        others = self.entries().keys() - manifests
-        if others:
-            self._db.executemany("DELETE FROM models WHERE manifest=?", [(other,) for other in others])
+    def adopt(self, known: AbstractSet[str], found: Iterable[Entry]) -> None:
+        """Adds what was found; all but `known` go. A full disk only puts the writing off: no reason not to start."""
+        before = self.entries()
+        for entry in found:
+            self._insert(entry)
+        others = self.entries().keys() - known
+        self._db.executemany("DELETE FROM models WHERE manifest=?", [(other,) for other in others])
+        if self.entries() == before:
+            return
+        try:
             self._save()
+        except OSError as e:
+            if not files.is_full(e):
+                raise
+            log.warning("the disk is full, the cache index is written later")
 
     def _save(self) -> None:
         tree.publish(self._path, self._db.serialize(), 0o640)

@@ -23,8 +23,8 @@ _MAX_LINE = 20  # bytes
 class Partial:
     """`root`/files and `root`/journal. All methods block; `write` may run in several threads at once.
 
-    A journal line is written after the bytes it speaks of are on the disk (fdatasync), so what it says survives a power
-    loss; a line that is torn, or whose file is too short, is as good as absent.
+    A journal line is written after the bytes it speaks of are on the disk for good, and is so itself when `write` comes
+    back: the chunk may go then. A line that is torn, or whose file is too short, is as good as absent.
 
     Raises tree.Foreign where a link, or what else is not ours, turns up while it is in use; what is found at its start
     or end is removed.
@@ -44,6 +44,7 @@ class Partial:
         tree.make_directory(self.files)
         self._tidy()
         self._directories: set[Path] = set()
+        self._named: set[int] = set()  # files whose names are on the disk for good
         self._lock = threading.Lock()
         self.done = self._load()
 
@@ -98,7 +99,7 @@ class Partial:
         return frozenset(self.manifest.blobs().keys() - missing)
 
     def write(self, i: int, j: int, data: Data | Iterator[Data]) -> None:
-        """Writes chunk `j` of file `i` (whole, or piece by piece), makes it durable, then journals it."""
+        """Writes chunk `j` of file `i` (whole, or piece by piece) and journals it, both for good."""
         fd, at = self._open(i), j * CHUNK
         try:
             for piece in data if isinstance(data, Iterator) else (data,):
@@ -107,6 +108,9 @@ class Partial:
             os.fdatasync(fd)
         finally:
             os.close(fd)
+        if i not in self._named:
+            tree.sync(self._path(i).parent)
+            self._named.add(i)
         self._journal_line(b"%d %d\n" % (i, j))
         self.done.add((i, j))
 
@@ -119,6 +123,7 @@ class Partial:
                 if os.write(fd, line) < len(line):
                     os.ftruncate(fd, size)
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._journal))
+            os.fdatasync(fd)
         finally:
             os.close(fd)
 

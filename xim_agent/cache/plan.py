@@ -215,16 +215,22 @@ class _Room:
         return (now, tuple(steps)) if self.left(now) >= growth else None
 
     def growth(self, now: Inventory, keep: bool) -> int:
-        """Most bytes that the expansion adds at any moment."""
+        """Most bytes that the expansion adds at any moment; below 0 where it frees some before it adds any."""
         partial = now.partials.get(self.need.manifest)
         files = max(0, self.need.files - partial.bytes) if partial else self.need.files
         if keep:
             return files + sum(self._lacking(now, b) for b in self.need.chunks if b not in self.need.done)
         own = now.only_of(self.need.manifest)
-        eaten = [b for b in own if b in self.need.chunks and b in now.blobs]
         # What a chunk surely gives back when it goes, also where it is planned with its share of directories.
-        certain = sum(max(0, min(self.need.chunks[b] - 2 * BLOCK, now.blobs[b])) for b in eaten)
-        return max(0, files - certain) + self.need.workers * max((self.need.chunks[b] for b in eaten), default=0)
+        sure = {
+            b: max(0, min(self.need.chunks[b] - 2 * BLOCK, now.blobs[b]))
+            for b in own
+            if b in self.need.chunks and b in now.blobs
+        }
+        first = sure.keys() & self.need.done  # written already: after a power cut, chunks that went may be back
+        eaten = sure.keys() - first
+        most = max((self.need.chunks[b] for b in eaten), default=0)
+        return max(0, files - sum(sure[b] for b in eaten)) + self.need.workers * most - sum(sure[b] for b in first)
 
     def expand(self, now: Inventory, keep: bool, holds: Holds) -> tuple[Evict, ...] | None:
         found = self.make(now, self.growth(now, keep), holds)

@@ -3,7 +3,6 @@
 import logging
 import os
 import re
-import sqlite3
 import stat
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -113,18 +112,14 @@ class Store:
             self._retire(path, f"unmarked-{name}")
 
     def _adopt_index(self) -> None:
-        entries = self.index.entries()
-        self.index.keep(self.known.keys() | self.ready.keys())
-        for digest in self.known.keys() - entries.keys():
+        found = []
+        for digest in self.known.keys() - self.index.entries().keys():
             known, ready = self.known[digest], self.ready.get(digest)
             used = (ready or self._manifest(digest)).stat().st_mtime
-            entry = Entry(digest, ready.parent.name if ready else "", known.name, known.revision, known.size, used)
-            try:
-                self.index.add(entry)
-            except sqlite3.Error as e:
-                if not files.is_full(e):
-                    raise
-                log.warning("the disk is full, the index lacks a model", extra={"manifest": digest})
+            found.append(
+                Entry(digest, ready.parent.name if ready else "", known.name, known.revision, known.size, used)
+            )
+        self.index.adopt(self.known.keys() | self.ready.keys(), found)
 
     # -- manifests -----------------------------------------------------------------------------------------------
 
