@@ -309,3 +309,28 @@ def test_kills_and_power_cuts(books: dict[str, Book], tmp_path: Path, name: str)
 @pytest.mark.parametrize("name", SCENES)
 def test_every_kill_and_power_cut(books: dict[str, Book], tmp_path: Path, name: str) -> None:
     matrix(SCENES[name], books, tmp_path, None)
+
+
+async def test_an_index_from_another_time_costs_no_download(books: dict[str, Book], tmp_path: Path) -> None:
+    """Put back from a copy: of before the second model, of before the first one went, of a third cache, or none."""
+    bench = Bench(tmp_path / "cache", books)
+    index = bench.root / "index.sqlite"
+    async with bench.open() as cache:
+        await bench.make(cache, KEPT)
+        first = index.read_bytes()
+        await bench.make(cache, WANTED)
+        both = index.read_bytes()
+        await Commands(cache, agent=True).rm(KEPT)
+        await bench.make(cache, LONG)
+    bench.shelf.served.clear()
+    for data in (first, both, b"", None):
+        index.unlink()
+        if data is not None:
+            index.write_bytes(data)
+        async with bench.open() as cache:
+            assert cache.store.index.entries().keys() == {books[WANTED].digest, books[LONG].digest}
+            used = {n: cache.store.index.entries()[books[n].digest].used for n in (WANTED, LONG)}
+            assert used[WANTED] <= used[LONG], "the order of uses comes from the tree where nothing else tells it"
+            for name in (WANTED, LONG):
+                await bench.make(cache, name)
+    assert not bench.shelf.served
