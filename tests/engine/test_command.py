@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from xim_agent.config.fields import Config
 from xim_agent.engine.arguments import canonical, known_flags, merged, value_of
+from xim_agent.engine.budget import GIB
 from xim_agent.engine.command import OPTIONAL, Places, Plan, plan
 from xim_agent.engine.environment import child_environment
-from xim_agent.engine.sizing import GIB, ModelFacts
+from xim_agent.engine.facts import ModelFacts
 from xim_agent.errors import AgentError
 from xim_agent.hardware.report import Cpu, Device, Hardware
 from xim_agent.mesh.messages import Assignment, ModelRef, Serving
@@ -62,7 +63,7 @@ def test_the_whole_command_line_of_a_gpu_host() -> None:
         "--enable-prefix-caching", "--enable-prompt-tokens-details", "--max-model-len", "8192",
         "--tensor-parallel-size", "2", "--quantization", "fp8", "--speculative-config",
         json.dumps({"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4, "prompt_lookup_min": 2}),
-        "--gpu-memory-utilization", "0.90", "--kv-offloading-size", "25.00", "--kv-offloading-backend", "native",
+        "--gpu-memory-utilization", "0.9", "--kv-offloading-size", "25.00", "--kv-offloading-backend", "native",
     ]  # fmt: skip
     assert made_plan.env["CUDA_VISIBLE_DEVICES"] == "1,0"
     assert "VLLM_CPU_KVCACHE_SPACE" not in made_plan.env

@@ -12,11 +12,11 @@ from fakes.engine import CPU_HOST, Bench, assignment, until, write_model
 from xim_agent.config.fields import Config
 from xim_agent.engine import launcher, planner
 from xim_agent.engine.command import Places, plan, shown
+from xim_agent.engine.facts import ModelFacts
 from xim_agent.engine.failures import classify
 from xim_agent.engine.leftovers import Leftovers
 from xim_agent.engine.model import read_model
 from xim_agent.engine.service import EngineService
-from xim_agent.engine.sizing import ModelFacts
 from xim_agent.errors import AgentError, Exit
 
 MODEL = ModelFacts("LlamaForCausalLM", 853_248, 2, 2, 32, max_len=16384)

@@ -3,8 +3,9 @@
 import json
 from dataclasses import astuple
 from pathlib import Path
+from typing import Any
 
-from xim_agent.engine.sizing import ModelFacts, facts, served_weights
+from xim_agent.engine.facts import ModelFacts, facts, weigh
 from xim_agent.errors import AgentError, Exit
 
 _LONGEST_HEADER = 100 * 1024 * 1024  # the format's own limit
@@ -15,8 +16,7 @@ def read_model(directory: Path) -> ModelFacts:
     """Blocking. Raises AgentError `model_unreadable` when there is no usable config.json or a header is broken."""
     try:
         config = json.loads((directory / "config.json").read_bytes())
-        weights = sum(_weights(path) for path in sorted(directory.glob("*.safetensors")))
-        return _checked(facts(config, weights))
+        return _checked(facts(config, weigh(map(_header, _served(directory)), config)))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise AgentError(
             "model_unreadable",
@@ -36,9 +36,30 @@ def _checked(model: ModelFacts) -> ModelFacts:
     return model
 
 
-def _weights(path: Path) -> int:
+def _served(directory: Path) -> list[Path]:
+    """The files that vLLM loads: of Mistral's `consolidated` copy and the layout of Hugging Face the former, then only
+    those that the index names."""
+    files = sorted(directory.glob("*.safetensors"))
+    consolidated = [path for path in files if path.name.startswith("consolidated")]
+    index = directory / f"{'consolidated' if consolidated else 'model'}.safetensors.index.json"
+    files = consolidated or files
+    if not index.is_file():
+        return files
+    named = set(json.loads(index.read_bytes())["weight_map"].values())
+    if missing := named - {path.name for path in files}:
+        raise ValueError(f"{index.name} names {min(map(str, missing))}, which is not there")
+    return [path for path in files if path.name in named]
+
+
+def _header(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 0 < length <= _LONGEST_HEADER:
             raise ValueError(f"{path.name}: header of {length} bytes")
-        return served_weights(json.loads(file.read(length)))
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise ValueError(f"{path.name}: its header is no JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"{path.name}: its header is no object")
+    return header
