@@ -57,10 +57,15 @@ class Term:
     unit: Literal["bytes", "tokens", "requests"]
     text: str
 
-    def __str__(self) -> str:
+    @property
+    def amount(self) -> str:
         if self.unit != "bytes":
-            return f"{self.text}: {self.value} {self.unit}"
-        return f"{'- ' if self.value < 0 else ''}{self.text} {gib(abs(self.value))}"
+            return f"{self.value} {self.unit}"
+        return gib(self.value) if abs(self.value) >= GIB // 100 or not self.value else f"{self.value / 1024:.2f} KiB"
+
+    def __str__(self) -> str:
+        sign = "- " if self.unit == "bytes" and self.value < 0 else ""
+        return f"{sign}{self.text} {self.amount.removeprefix('-')}"
 
 
 def gib(amount: float) -> str:
@@ -104,11 +109,11 @@ def cpu_budget(model: ModelFacts, hardware: Hardware, wishes: Wishes) -> tuple[i
     most = int(left * 0.8 / wishes.ranks // GIB)
     space = min(max(1, ceil(useful / GIB)), most)
     return space * GIB if most > 0 else min(0, int(left * 0.8 / wishes.ranks) - GIB), [
-        Term("memory", hardware.memory_bytes, "bytes", "memory"),
+        Term("memory", hardware.memory_bytes, "bytes", "memory of the machine, or its cgroup"),
         Term("weights", -weights, "bytes", "weights"),
         Term("vllm", -itself, "bytes", "vLLM itself"),
-        Term("kv_most", max(0, most) * GIB, "bytes", "80 % of that for each rank, in whole GiB"),
-        Term("kv_useful", useful, "bytes", "of use for the KV cache of a rank"),
+        Term("kv_most", max(0, most) * GIB, "bytes", "at most, a rank: 80 % of the rest, whole GiB"),
+        Term("kv_useful", useful, "bytes", f"of use, a rank: {at_once} typical requests"),
     ]
 
 

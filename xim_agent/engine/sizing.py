@@ -88,9 +88,9 @@ def _sized(model: ModelFacts, hardware: Hardware, wishes: Wishes) -> Sizing | tu
     wanted = wishes.max_model_len or model.max_len or TYPICAL_FLOOR
     least = min(wanted, TYPICAL_FLOOR) if wishes.max_model_len is None else wanted
     holds = longest(model, max(0, kv_bytes), *wishes.split, flying)
-    terms.append(Term("kv_cache", max(0, kv_bytes), "bytes", "= KV cache of a rank"))
-    terms.append(Term("kv_slot", ceil(model.slot_bytes(*wishes.split)), "bytes", "one token in the KV cache of a rank"))
-    terms.append(Term("longest_sequence", min(holds, wanted), "tokens", "the KV cache holds one sequence of"))
+    terms.append(Term("kv_cache", max(0, kv_bytes), "bytes", "KV cache of a rank"))
+    terms.append(Term("kv_slot", ceil(model.slot_bytes(*wishes.split)), "bytes", "one token in it"))
+    terms.append(Term("longest_sequence", min(holds, wanted), "tokens", "longest sequence it holds"))
     if holds < least or kv_bytes < 0:
         return terms, least, model.sequence_bytes(least, *wishes.split, flying) - kv_bytes
     told = wishes.max_model_len
@@ -101,15 +101,15 @@ def _sized(model: ModelFacts, hardware: Hardware, wishes: Wishes) -> Sizing | tu
     if offload:
         terms.append(Term("kv_offload", offload, "bytes", "host memory for evicted KV blocks"))
     most = ceiling(model, kv_bytes, told or wanted, wishes)
-    terms.append(Term("typical_sequence", typical_len(told or wanted), "tokens", "a typical sequence"))
+    terms.append(Term("typical_sequence", typical_len(told or wanted), "tokens", "typical sequence"))
     terms.append(Term("max_concurrent", most, "requests", _why(wishes, most)))
     return Sizing(told, kv_bytes, most, utilization, quantization, offload, tuple(terms), tuple(warnings))
 
 
 def _why(wishes: Wishes, most: int) -> str:
     if wishes.max_concurrent is not None:
-        return "MAX_CONCURRENT says at once"
-    return "at once, no more than --max-num-seqs" if most == wishes.max_num_seqs else "so many of them fit at once"
+        return "at once: MAX_CONCURRENT"
+    return "at once: --max-num-seqs" if most == wishes.max_num_seqs else "at once: so many typical ones fit"
 
 
 def _cures(model: ModelFacts, hardware: Hardware, wishes: Wishes) -> Iterator[str]:
