@@ -32,7 +32,8 @@ def test_what_it_prints_can_be_pasted_and_nothing_is_made(tmp_path: Path) -> Non
     launcher.write_text(f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps([sys.argv, dict(os.environ)]))\n")
     launcher.chmod(0o755)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    settings = ("--vllm-path", launcher, "--vllm-env", "VLLM_HOST_IP=10.0.0.1", "--vllm-arg=--chat-template=it's $HOME `x`")
+    odd = "--vllm-arg=--chat-template=it's $HOME `x`"
+    settings = ("--vllm-path", launcher, "--vllm-env", "VLLM_HOST_IP=10.0.0.1", odd)
     done = plan(
         tmp_path, "--model", model, "--cuda-visible-devices=0", "--hardware", "-", *settings, stdin=json.dumps(BOX)
     )

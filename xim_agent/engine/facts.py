@@ -88,6 +88,11 @@ class ModelFacts:
             return self.mla_width * self.dtype_bytes
         return 2 * max(1, self.kv_heads // tensor_parallel) * self.head_dim * self.dtype_bytes
 
+    def splits(self, tensor_parallel: int) -> bool:
+        """vLLM gives each rank the same number of heads; KV heads are split, or the same one goes to several ranks."""
+        most, least = max(self.kv_heads, tensor_parallel), min(self.kv_heads, tensor_parallel)
+        return self.heads % tensor_parallel == 0 and (self.mla_width > 0 or least == 0 or most % least == 0)
+
     @property
     def group(self) -> int:
         """Layers that share a block of vLLM's pool. Where layers are of several kinds it cuts each kind into groups of

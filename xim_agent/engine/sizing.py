@@ -61,7 +61,16 @@ def longest(model: ModelFacts, kv_bytes: int, tensor_parallel: int, pipeline_par
 
 
 def size(model: ModelFacts, hardware: Hardware, wishes: Wishes) -> Sizing:
-    """Raises AgentError `model_does_not_fit` with the sum and the smallest change that would fit."""
+    """Raises AgentError `model_does_not_fit` with the sum and the smallest change that would fit, and
+    `tensor_parallel_unfit`."""
+    if not model.splits(wishes.tensor_parallel):
+        raise AgentError(
+            "tensor_parallel_unfit",
+            f"{model.architecture} has {model.heads} attention heads and {model.kv_heads} KV heads, which "
+            f"TENSOR_PARALLEL_SIZE={wishes.tensor_parallel} does not split evenly",
+            hint=f"these do: {', '.join(str(n) for n in range(1, 65) if model.splits(n))}",
+            exit_code=Exit.CONFIG,
+        )
     made = _sized(model, hardware, wishes)
     if not isinstance(made, Sizing):
         terms, least, missing = made
@@ -132,7 +141,7 @@ def _cures(model: ModelFacts, hardware: Hardware, wishes: Wishes) -> Iterator[st
     if wishes.utilization < 0.95 and fits(replace(wishes, utilization=0.95)):
         yield "GPU_MEMORY_UTILIZATION=0.95"
     largest = wishes.devices[: wishes.ranks]
-    for more in (n for n in (2, 4, 8, 16) if n > wishes.tensor_parallel and not (model.heads or n) % n):
+    for more in (n for n in (2, 4, 8, 16) if n > wishes.tensor_parallel and model.splits(n)):
         ranks = more * wishes.pipeline_parallel
         enough = wishes.devices if ranks <= len(wishes.devices) else (largest * ranks)[:ranks]
         if fits(replace(wishes, tensor_parallel=more, devices=enough)):
