@@ -113,9 +113,9 @@ def test_gpu_budget_follows_what_is_free_now() -> None:
 
 
 def test_quantization_is_chosen_only_when_it_must_and_can_be() -> None:
-    for capability, method in (("8.9", "fp8"), ("8.6", "bitsandbytes")):
+    for capability, method in (("8.9", "fp8"), ("8.6", "fp8"), ("7.5", "bitsandbytes")):
         card = gpu(16, capability=capability)
-        assert size(LLAMA_8B, gpu_host(card), Wishes(devices=(card,))).quantization == method
+        assert size(LLAMA_8B, gpu_host(card), Wishes(devices=(card,), bitsandbytes=True)).quantization == method
     big = gpu(48)
     assert size(LLAMA_8B, gpu_host(big), Wishes(devices=(big,))).quantization is None
     awq = replace(LLAMA_8B, weights_bytes=6 * GIB, quantization="awq")

@@ -92,18 +92,19 @@ def _planned(config: Config, machine: "Hardware", model: Path, task: "Task | Non
     if task is None:
         task = task_of(json.loads((model / "config.json").read_bytes()), [path.name for path in model.iterdir()])
     runtime = expected_runtime_directory(config.config_path, os.environ)
-    program, version, known = config.vllm_path, None, None
+    program, version, known, bitsandbytes = config.vllm_path, None, None, False
     try:
         found = launcher.find(config.vllm_path, os.environ)
         program, version, known = str(found), launcher.version(found), flags_of(runtime, found)
+        bitsandbytes = launcher.has_bitsandbytes(found)
     except AgentError as error:
         if error.code != "launcher_missing":
             raise
     there = places(config, runtime, program, model, config.model_cache_path / "compile" / (version or "unknown"))
     ref = ModelRef(model.name, model.name, "", "", 0)
     assignment = Assignment("", "", 0, 0, ref, Serving(served_model_name=model.name, task=task))
-    made = plan(config, assignment, machine, facts, there, known)
-    ours = plan(replace(config, vllm_env=()), assignment, machine, facts, there, known).env
+    made = plan(config, assignment, machine, facts, there, known, bitsandbytes)
+    ours = plan(replace(config, vllm_env=()), assignment, machine, facts, there, known, bitsandbytes).env
     secret = {pair.partition("=")[0] for pair in config.vllm_env} - set(ours)
     return document(
         made, machine, directory=str(model), vllm_version=version, flags_checked=known is not None, secret=secret

@@ -62,7 +62,7 @@ def chosen_by_router(words: Sequence[str], allowed_too: Iterable[str]) -> list[l
 
     Raises AgentError `engine_args_refused`. A chat template is a path inside the model directory.
     """
-    permitted = {canonical("--" + name.lstrip("-")) for name in allowed_too}
+    permitted = {canonical(name if name.startswith("-") else f"--{name}") for name in allowed_too}
     checked = []
     for flag, *values in group(words, "assignment"):
         name, _, inline = flag.partition("=")
@@ -81,7 +81,7 @@ def chosen_by_router(words: Sequence[str], allowed_too: Iterable[str]) -> list[l
             raise AgentError(
                 "engine_args_refused",
                 f"the router wants vLLM to run with {' '.join([flag, *values])}, which this agent does not permit",
-                hint=f"if you trust the router with it, set XEROTIER_AGENT_ALLOW_ENGINE_ARGS={name}",
+                hint=f"if you trust the router with it, set XEROTIER_AGENT_ALLOW_ENGINE_ARGS={_SHORT.get(name, name)}",
                 exit_code=Exit.CONFIG,
             )
         checked.append([name, *given])

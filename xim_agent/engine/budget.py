@@ -24,6 +24,7 @@ class Wishes:
 
     `batched_tokens`: tokens of one step, None: vLLM's default for the hardware. `draft`: the model's own MTP layers are
     loaded, too. `elsewhere_bytes`: weights of each rank that the operator has vLLM keep in host memory.
+    `bitsandbytes`: the installed vLLM has it.
     """
 
     max_model_len: int | None = None
@@ -38,6 +39,7 @@ class Wishes:
     batched_tokens: int | None = None
     draft: bool = False
     elsewhere_bytes: int = 0
+    bitsandbytes: bool = False
 
     @property
     def split(self) -> tuple[int, int]:
@@ -141,7 +143,7 @@ def gpu_budget(
     needed = model.sequence_bytes(least, *wishes.split, in_flight(hardware, wishes))
     quantization, share = wishes.quantization, 1.0
     if quantization is None and model.quantization is None and kv_left(1.0) < needed:
-        for method, part in _auto_quantization(hardware, device):
+        for method, part in _auto_quantization(hardware, device, wishes):
             if kv_left(part) >= needed:
                 quantization, share = method, part
                 warnings.append(f"quantized to {method}: {gib(weights)} of weights on a rank do not fit")
@@ -170,17 +172,20 @@ def _free_share(device: Device) -> float:
 
 
 # Embeddings and norms stay in 16 bits, so the share is above that of the bits alone.
-_SHRINKS = {"fp8": 0.55, "bitsandbytes": 0.33, "bitsandbytes-fp4": 0.33}
+_SHRINKS = {"fp8": 0.55, "bitsandbytes": 0.33}
 
 
-def _auto_quantization(hardware: Hardware, device: Device) -> list[tuple[str, float]]:
-    """vLLM's own conditions: fp8 from compute capability 8.9 and from CDNA 3 or RDNA 4, bitsandbytes on NVIDIA only."""
+def _auto_quantization(hardware: Hardware, device: Device, wishes: Wishes) -> list[tuple[str, float]]:
+    """vLLM's own conditions. fp8: CDNA 3 and RDNA 4; compute capability 8.0, though below 8.9 only the weights are
+    kept so. bitsandbytes: NVIDIA, and gone from vLLM 0.32."""
+    methods = []
     if hardware.accelerator == "amd":
-        has_fp8 = device.compute_capability.startswith(("gfx94", "gfx95", "gfx12"))
-        return [("fp8", _SHRINKS["fp8"])] if has_fp8 else []
-    major, _, minor = device.compute_capability.partition(".")
-    has_fp8 = major.isdigit() and minor.isdigit() and (int(major), int(minor)) >= (8, 9)
-    return [(m, _SHRINKS[m]) for m in (("fp8", "bitsandbytes") if has_fp8 else ("bitsandbytes",))]
+        methods = ["fp8"] if device.compute_capability.startswith(("gfx94", "gfx95", "gfx12")) else []
+    else:
+        major = device.compute_capability.partition(".")[0]
+        methods = ["fp8"] if major.isdigit() and int(major) >= 8 else []
+        methods += ["bitsandbytes"] if wishes.bitsandbytes else []
+    return [(method, _SHRINKS[method]) for method in methods]
 
 
 def host_offload(hardware: Hardware, wishes: Wishes, warnings: list[str]) -> int:

@@ -42,6 +42,9 @@ _SPECULATIVE = {  # methods without a draft model, by architecture
 }
 
 
+_VLLMS_NAME = {"bitsandbytes-fp4": "bitsandbytes"}  # whose default of 4 bits is fp4
+
+
 @dataclass(frozen=True)
 class Places:
     """Paths of one engine: its socket, the launcher, the short directory for its own sockets, the compile caches."""
@@ -101,11 +104,13 @@ def plan(
     model: ModelFacts,
     places: Places,
     known: frozenset[str] | None = None,
+    bitsandbytes: bool = False,
 ) -> Plan:
     """`known`: flags of the installed vLLM, None while unknown (then all are given, and vLLM says what it lacks).
+    `bitsandbytes`: it can quantize so.
 
     Raises AgentError: model_does_not_fit, no_such_device, too_few_devices, engine_args_refused, engine_args_invalid,
-    engine_flag_missing.
+    engine_flag_missing, tensor_parallel_unfit.
     """
     serving = assignment.serving
     from_router = arguments.chosen_by_router(serving.engine_args, config.allow_engine_args)
@@ -124,7 +129,9 @@ def plan(
             )
     later = [word for words in (*from_router, *from_operator) for word in words]
     wishes, model = arguments.overridden(_wishes(config, assignment, model), model, later)
-    wishes = _with_devices(config, hardware, replace(wishes, max_num_seqs=_max_num_seqs(later, wishes)))
+    wishes = _with_devices(
+        config, hardware, replace(wishes, max_num_seqs=_max_num_seqs(later, wishes), bitsandbytes=bitsandbytes)
+    )
     sizing = size(model, hardware, wishes) if config.auto_config else None
     own = _flags(config, assignment, hardware, model, places, wishes, sizing)
     warnings = list(sizing.warnings if sizing else ())
@@ -169,7 +176,7 @@ def _wishes(config: Config, assignment: Assignment, model: ModelFacts) -> Wishes
         tensor_parallel=config.tensor_parallel_size,
         pipeline_parallel=config.pipeline_parallel_size,
         utilization=config.gpu_memory_utilization,
-        quantization=None if quantization == "auto" else quantization,
+        quantization=None if quantization == "auto" else _VLLMS_NAME.get(quantization or "", quantization),
         offload_bytes=0 if config.kv_cache_backend == "none" else offload,
         draft=config.speculative_enabled and "mtp" in str(_speculative(config, model)["method"]),
     )

@@ -91,7 +91,8 @@ class ModelFacts:
     def splits(self, tensor_parallel: int) -> bool:
         """vLLM gives each rank the same number of heads; KV heads are split, or the same one goes to several ranks."""
         most, least = max(self.kv_heads, tensor_parallel), min(self.kv_heads, tensor_parallel)
-        return self.heads % tensor_parallel == 0 and (self.mla_width > 0 or least == 0 or most % least == 0)
+        even = self.heads % tensor_parallel == 0 and (self.mla_width > 0 or most % max(1, least) == 0)
+        return even or not self.heads  # unknown
 
     @property
     def group(self) -> int:

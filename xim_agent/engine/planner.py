@@ -86,7 +86,8 @@ class Planner:
                 exit_code=Exit.STATE,
             ) from error
         there = places(self._config, self.runtime, str(program), target.directory, caches)
-        return plan(self._config, target.assignment, self._hardware, model, there, flags_of(self.runtime, program))
+        known, bitsandbytes = flags_of(self.runtime, program), launcher.has_bitsandbytes(program)
+        return plan(self._config, target.assignment, self._hardware, model, there, known, bitsandbytes)
 
     async def learn_flags(self, made: Plan) -> bool:
         """vLLM did not know a flag: asks it, once an installation, for its list. True: plan again, with that list.
