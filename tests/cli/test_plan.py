@@ -5,12 +5,18 @@ import os
 import shlex
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes.engine import write_model
+from fakes.engine import CPU_HOST, assignment, write_model
 
+from xim_agent.config.fields import Config
+from xim_agent.engine.command import Places
+from xim_agent.engine.command import plan as make_plan
+from xim_agent.engine.facts import ModelFacts
+from xim_agent.engine.preview import document as document_of
 from xim_agent.errors import AgentError, Exit
 from xim_agent.hardware.document import from_document, to_document
 from xim_agent.hardware.report import Cpu, Device, Hardware, report
@@ -32,17 +38,20 @@ def test_what_it_prints_can_be_pasted_and_nothing_is_made(tmp_path: Path) -> Non
     launcher.write_text(f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps([sys.argv, dict(os.environ)]))\n")
     launcher.chmod(0o755)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    short = Path(tempfile.mkdtemp(prefix="xim"))  # where the agent's sockets would lie
     odd = "--vllm-arg=--chat-template=it's $HOME `x`"
-    settings = ("--vllm-path", launcher, "--vllm-env", "VLLM_HOST_IP=10.0.0.1", odd)
-    done = plan(
-        tmp_path, "--model", model, "--cuda-visible-devices=0", "--hardware", "-", *settings, stdin=json.dumps(BOX)
-    )
+    settings = ("--vllm-path", launcher, "--vllm-env", "VLLM_HOST_IP=10.0.0.1", odd, "--ray-address", "a b;$HOME")
+    words = ("--model", model, "--cuda-visible-devices=0", "--hardware", "-", *settings)
+    done = plan(tmp_path, *words, stdin=json.dumps(BOX), XDG_RUNTIME_DIR=str(short))
     assert (done.returncode, done.stderr) == (0, "")
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    short.rmdir()
+    assert f"--uds {short}/" in done.stdout
     assert "has not been asked yet which flags it knows" in done.stdout
     said = json.loads(subprocess.run(["sh"], input=done.stdout, capture_output=True, text=True, check=True).stdout)
     assert said[0][:3] == [str(launcher), "serve", str(model)]
     assert said[0][-1] == "--chat-template=it's $HOME `x`"
+    assert said[1]["RAY_ADDRESS"] == "a b;$HOME"
     assert said[1]["VLLM_HOST_IP"] == "10.0.0.1", "what the agent sets, too, is no secret"
     assert said[1]["CUDA_VISIBLE_DEVICES"] == "0"
     assert said[1]["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] == "0"
@@ -89,6 +98,14 @@ def test_no_secret_is_shown(tmp_path: Path) -> None:
         for word in ("c2VjcmV0", "grainofsalt", "hunter"):
             assert word not in done.stdout + done.stderr
     assert json.loads(done.stdout)["environment"]["FOO"] == "***"
+
+
+def test_the_document_itself_holds_no_secret() -> None:
+    config = Config(vllm_args=("--api-key", "hunter2"))
+    made = make_plan(config, assignment(), CPU_HOST, ModelFacts("X", 1, 1, 1, 1), Places("v", "m", "s", "t", "c"))
+    shown = document_of(made, CPU_HOST, directory="m", vllm_version=None, flags_checked=False, secret={"TMPDIR"})
+    assert shown["command"][-2:] == ["--api-key", "***"]
+    assert shown["environment"]["TMPDIR"] == "***"
 
 
 @pytest.mark.parametrize(
