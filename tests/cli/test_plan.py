@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,9 +14,11 @@ import pytest
 from fakes.engine import CPU_HOST, assignment, write_model
 
 from xim_agent.config.fields import Config
+from xim_agent.config.paths import expected_runtime_directory
 from xim_agent.engine.command import Places
 from xim_agent.engine.command import plan as make_plan
 from xim_agent.engine.facts import ModelFacts
+from xim_agent.engine.launcher import save_flags
 from xim_agent.engine.preview import document as document_of
 from xim_agent.errors import AgentError, Exit
 from xim_agent.hardware.document import from_document, to_document
@@ -55,6 +58,42 @@ def test_what_it_prints_can_be_pasted_and_nothing_is_made(tmp_path: Path) -> Non
     assert said[1]["VLLM_HOST_IP"] == "10.0.0.1", "what the agent sets, too, is no secret"
     assert said[1]["CUDA_VISIBLE_DEVICES"] == "0"
     assert said[1]["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] == "0"
+
+
+def test_flags_that_this_vllm_was_asked_for_are_obeyed(tmp_path: Path) -> None:
+    model, program = write_model(tmp_path / "m"), tmp_path / "vllm"
+    program.write_text("#!/bin/false\n")
+    program.chmod(0o755)
+    short = Path(tempfile.mkdtemp(prefix="xim"))
+    runtime = expected_runtime_directory(tmp_path / "config", {"RUNTIME_DIRECTORY": str(short)})
+    words = (
+        "--model",
+        model,
+        "--hardware",
+        "-",
+        "--vllm-path",
+        program,
+        "--config-path",
+        tmp_path / "config",
+        "--json",
+    )
+    try:
+        for left_out, code in (("--shutdown-timeout", Exit.OK), ("--allowed-media-domains", Exit.CONFIG)):
+            flags = {"--uds", "--served-model-name", "--max-num-seqs", "--allowed-media-domains", "--shutdown-timeout",
+                     "--disable-uvicorn-access-log", "--enable-prefix-caching", "--enable-prompt-tokens-details",
+                     "--gpu-memory-utilization", "--kv-offloading-size", "--kv-offloading-backend"}  # fmt: skip
+            save_flags(runtime / "flags.json", program, frozenset(flags - {left_out}))
+            done = plan(tmp_path, *words, stdin=json.dumps(BOX), RUNTIME_DIRECTORY=str(short))
+            assert done.returncode == code, done.stderr
+            if code == Exit.OK:
+                found = json.loads(done.stdout)
+                assert found["vllm"]["flags_checked"] is True
+                assert left_out not in found["command"]
+                assert found["warnings"] == [f"the installed vLLM does not know {left_out}, left out"]
+            else:
+                assert f"does not know {left_out} [engine_flag_missing]" in done.stderr
+    finally:
+        shutil.rmtree(short)
 
 
 def test_json_has_a_stable_form_and_can_be_fed_back(tmp_path: Path) -> None:

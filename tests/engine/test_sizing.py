@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xim_agent.engine.budget import GIB, Wishes
+from xim_agent.engine.budget import GIB, Wishes, in_flight
 from xim_agent.engine.facts import ModelFacts, Weights, facts, weigh
 from xim_agent.engine.model import read_model
 from xim_agent.engine.sizing import longest, size
@@ -156,3 +156,36 @@ def test_a_plan_never_promises_more_than_the_cache_holds(
     assert made.ceiling == most or 1 <= made.ceiling <= 64
     held = longest(model, made.kv_bytes, ranks, 1)
     assert model.sequence_bytes(min(held, 1 << 40), ranks) <= made.kv_bytes or held >= 1 << 40
+
+
+@given(
+    st.builds(
+        ModelFacts, st.just("X"), st.integers(0, 200 * GIB), st.integers(0, 80), st.sampled_from([1, 4, 8, 64]),
+        st.sampled_from([64, 128]), max_len=st.integers(0, 1 << 20), sliding_layers=st.integers(0, 60),
+        window=st.integers(1, 8192), mla_width=st.sampled_from([0, 576]), state_layers=st.integers(0, 20),
+        state_bytes=st.integers(0, 1 << 22),
+    ),
+    st.lists(st.tuples(st.integers(1, 200), st.floats(0, 1)), min_size=1, max_size=8),
+    st.floats(0.05, 1.0),
+    st.one_of(st.none(), st.integers(1, 1 << 20)),
+)  # fmt: skip
+def test_a_plan_fits_every_card_as_it_is_now(
+    model: ModelFacts, sizes: list[tuple[int, float]], utilization: float, length: int | None
+) -> None:
+    cards = tuple(gpu(total, total * free) for total, free in sizes)
+    wishes = Wishes(tensor_parallel=len(cards), utilization=utilization, devices=cards, max_model_len=length)
+    try:
+        made = size(model, gpu_host(*cards), wishes)
+    except AgentError as error:
+        assert error.code in ("model_does_not_fit", "tensor_parallel_unfit")  # noqa: PT017
+        return
+    assert made.utilization is not None
+    shrunk = {"fp8": 0.55, None: 1.0}[made.quantization]
+    rank = made.kv_bytes + model.weights_bytes * shrunk / len(cards)
+    for card in cards:
+        taken = card.memory_total_bytes * made.utilization
+        assert made.utilization <= 0.05 or taken <= card.memory_free_bytes
+        assert rank + 2 * GIB <= taken + 2
+    flying = in_flight(gpu_host(*cards), wishes)
+    longest_one = made.max_model_len or model.max_len or 2048
+    assert model.sequence_bytes(longest_one, len(cards), 1, flying) <= made.kv_bytes
