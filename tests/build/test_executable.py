@@ -40,6 +40,13 @@ def test_version_needs_no_python(agent_exe: Path) -> None:
     assert run(agent_exe, "--version") == f"xerotier-xim-agent {__version__} (XIM protocol {PROTOCOL})\n"
 
 
+def test_plan_of_a_model_on_the_hardware_that_it_printed(agent_exe: Path, toy_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "here.json").write_text(run(agent_exe, "plan"))
+    lines = run(agent_exe, "plan", "--model", str(toy_model), "--hardware", str(tmp_path / "here.json")).splitlines()
+    assert lines[0].startswith("# LlamaForCausalLM (generate) on ")
+    assert lines[-1].startswith(f"vllm serve {toy_model} --uds ")
+
+
 def test_licences_of_all_that_is_bundled_with_their_texts(agent_exe: Path) -> None:
     printed = run(agent_exe, "licenses")
     bundled = {line.split()[1].lower().replace("_", "-") for line in printed.splitlines() if line.startswith("## ")}

@@ -1,23 +1,30 @@
 """What operator, router and disk may give the engine: always a named refusal or a failed start, never a crash."""
 
 import errno
+import json
 import shutil
+import tempfile
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 from fakes.engine import CPU_HOST, Bench, assignment, until, write_model
+from hypothesis import given
+from hypothesis import strategies as st
 
 from xim_agent.config.fields import Config
 from xim_agent.engine import launcher, planner
 from xim_agent.engine.command import Places, plan, shown
+from xim_agent.engine.facts import ModelFacts
 from xim_agent.engine.failures import classify
 from xim_agent.engine.leftovers import Leftovers
 from xim_agent.engine.model import read_model
 from xim_agent.engine.service import EngineService
-from xim_agent.engine.sizing import ModelFacts
 from xim_agent.errors import AgentError, Exit
+from xim_agent.hardware.report import Device
 
 MODEL = ModelFacts("LlamaForCausalLM", 853_248, 2, 2, 32, max_len=16384)
 PLACES = Places("/bin/vllm", "/models/m", "/run/x/engine.sock", "/run/x/t", "/cache/v")
@@ -172,3 +179,34 @@ async def test_words_written_while_it_starts_explain_no_later_crash(
     assert error_logs[0].error_class == "engine_failed"
     assert not service.degraded
     await service.stop()
+
+
+_KEYS = (
+    "architectures", "model_type", "text_config", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "hidden_size", "sliding_window", "use_sliding_window", "sliding_window_pattern", "layer_types",
+    "max_window_layers", "full_attention_interval", "kv_lora_rank", "qk_rope_head_dim", "rope_scaling", "dtype",
+    "max_position_embeddings", "model_max_length", "quantization_config", "tie_word_embeddings", "linear_num_key_heads",
+    "factor", "rope_type", "quant_method", "kv_cache_scheme",
+)  # fmt: skip
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats()
+    | st.sampled_from(["x", "gemma3_text", "qwen3_next", "modelopt"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(_KEYS), inner, max_size=4),
+    max_leaves=12,
+)  # fmt: skip
+_PLAIN = {"num_hidden_layers": 8, "num_attention_heads": 8, "hidden_size": 64, "architectures": ["LlamaForCausalLM"]}
+
+
+@given(st.dictionaries(st.sampled_from(_KEYS), _JSON, max_size=6), st.booleans(), st.sampled_from([1, 2, 8]))
+def test_any_config_json_is_sized_or_refused(given_keys: dict[str, Any], gpu: bool, ranks: int) -> None:
+    card = Device(0, "GPU-0", "a GPU", 24 << 30, 23 << 30, "9.0")
+    host = replace(CPU_HOST, accelerator="nvidia", devices=(card,) * ranks) if gpu else CPU_HOST
+    with tempfile.TemporaryDirectory() as place:
+        directory = write_model(Path(place))
+        (directory / "config.json").write_text(json.dumps({**_PLAIN, **given_keys}))
+        with suppress(AgentError):
+            model = read_model(directory)
+            made = plan(Config(tensor_parallel_size=ranks), assignment(), host, model, PLACES)
+            assert made.sizing
+            assert 1 <= made.ceiling <= 64
+            assert made.sizing.kv_bytes >= 0

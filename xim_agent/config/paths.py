@@ -20,21 +20,32 @@ def control_name(cache: Path) -> str:
     return f"control-{hashlib.sha256(f'{info.st_dev}:{info.st_ino}'.encode()).hexdigest()[:8]}.sock"
 
 
-def runtime_directory(config_path: Path, environ: Mapping[str, str]) -> Path:
-    """Makes and returns the first usable of $RUNTIME_DIRECTORY, $XDG_RUNTIME_DIR, the config directory, /tmp.
-
-    Raises AgentError (exit 77) when a place exists but belongs to somebody else.
-    """
+def _places(config_path: Path, environ: Mapping[str, str]) -> list[Path]:
     own = hashlib.sha256(str(config_path.absolute()).encode()).hexdigest()[:12]
     places = []
     if given := environ.get("RUNTIME_DIRECTORY", "").split(":")[0]:
         places.append(Path(given))
     if xdg := environ.get("XDG_RUNTIME_DIR", ""):
         places.append(Path(xdg) / "xerotier-xim-agent" / own)
-    places += [config_path.absolute() / "run", Path("/tmp") / f"xerotier-{os.getuid()}-{own}"]  # noqa: S108
-    for place in places:
-        if len(os.fsencode(place)) + _LONGEST_NAME > MAX_SOCKET_PATH:
-            continue
+    return [*places, config_path.absolute() / "run", Path("/tmp") / f"xerotier-{os.getuid()}-{own}"]  # noqa: S108
+
+
+def _short(place: Path) -> bool:
+    return len(os.fsencode(place)) + _LONGEST_NAME <= MAX_SOCKET_PATH
+
+
+def expected_runtime_directory(config_path: Path, environ: Mapping[str, str]) -> Path:
+    """What `runtime_directory` gives when each place can be used; nothing is made."""
+    return next(filter(_short, _places(config_path, environ)))
+
+
+def runtime_directory(config_path: Path, environ: Mapping[str, str]) -> Path:
+    """Makes and returns the first usable of $RUNTIME_DIRECTORY, $XDG_RUNTIME_DIR, the config directory, /tmp.
+
+    Raises AgentError (exit 77) when a place exists but belongs to somebody else.
+    """
+    places = _places(config_path, environ)
+    for place in filter(_short, places):
         try:
             place.mkdir(mode=0o700, parents=True, exist_ok=True)
             found = place.lstat()

@@ -2,8 +2,11 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import PurePosixPath
 
+from xim_agent.engine.budget import GIB, Wishes
+from xim_agent.engine.facts import DTYPE_BYTES, ModelFacts
 from xim_agent.errors import AgentError, Exit
 
 _SHORT = {
@@ -59,7 +62,7 @@ def chosen_by_router(words: Sequence[str], allowed_too: Iterable[str]) -> list[l
 
     Raises AgentError `engine_args_refused`. A chat template is a path inside the model directory.
     """
-    permitted = {canonical("--" + name.lstrip("-")) for name in allowed_too}
+    permitted = {canonical(name if name.startswith("-") else f"--{name}") for name in allowed_too}
     checked = []
     for flag, *values in group(words, "assignment"):
         name, _, inline = flag.partition("=")
@@ -78,7 +81,7 @@ def chosen_by_router(words: Sequence[str], allowed_too: Iterable[str]) -> list[l
             raise AgentError(
                 "engine_args_refused",
                 f"the router wants vLLM to run with {' '.join([flag, *values])}, which this agent does not permit",
-                hint=f"if you trust the router with it, set XEROTIER_AGENT_ALLOW_ENGINE_ARGS={name}",
+                hint=f"if you trust the router with it, set XEROTIER_AGENT_ALLOW_ENGINE_ARGS={_SHORT.get(name, name)}",
                 exit_code=Exit.CONFIG,
             )
         checked.append([name, *given])
@@ -105,6 +108,40 @@ def value_of(words: Sequence[str], flag: str) -> str | None:
         if word.startswith("-") and canonical(name) == flag:
             found = inline if equals else (words[number + 1] if number + 1 < len(words) else "")
     return found
+
+
+_WHOLE = re.compile(r"([0-9]{1,12})([kKmM]?)")
+_FACTORS = {"": 1, "k": 1000, "K": 1024, "m": 10**6, "M": 1 << 20}  # as vLLM reads them
+
+
+def overridden(wishes: Wishes, model: ModelFacts, words: Sequence[str]) -> tuple[Wishes, ModelFacts]:
+    """What later words of the command line (the router's, then the operator's) change in what is sized. Values that
+    are no numbers are left to vLLM to judge."""
+
+    def number(flag: str, otherwise: int | None) -> int | None:
+        found = _WHOLE.fullmatch(value_of(words, flag) or "")
+        return int(found[1]) * _FACTORS[found[2]] or otherwise if found else otherwise
+
+    def fraction(flag: str, otherwise: float) -> float:
+        word = value_of(words, flag) or ""
+        return float(word) if re.fullmatch(r"[0-9]{0,6}\.?[0-9]{1,6}", word) else otherwise
+
+    wishes = replace(
+        wishes,
+        max_model_len=number("--max-model-len", wishes.max_model_len),
+        tensor_parallel=number("--tensor-parallel-size", None) or wishes.tensor_parallel,
+        pipeline_parallel=number("--pipeline-parallel-size", None) or wishes.pipeline_parallel,
+        batched_tokens=number("--max-num-batched-tokens", wishes.batched_tokens),
+        utilization=fraction("--gpu-memory-utilization", wishes.utilization),
+        quantization=value_of(words, "--quantization") or wishes.quantization,
+        elsewhere_bytes=int(fraction("--cpu-offload-gb", 0.0) * GIB),
+    )
+    if DTYPE_BYTES.get(value_of(words, "--dtype") or "", 2.0) == 4.0 and model.quantization is None:
+        doubled = {name: getattr(model, name) * 2 for name in ("weights_bytes", "first_bytes", "last_bytes")}
+        model = replace(model, dtype_bytes=4.0, draft_bytes=model.draft_bytes * 2, **doubled)
+    if (value_of(words, "--kv-cache-dtype") or "").startswith("fp8"):
+        model = replace(model, dtype_bytes=1.0)
+    return wishes, model
 
 
 def known_flags(help_text: str) -> frozenset[str]:

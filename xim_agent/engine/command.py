@@ -6,14 +6,16 @@ Later wins: the agent's own flags, then the assignment's engine_args, then the o
 import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from xim_agent.config.fields import Config
 from xim_agent.config.mask import masked_arguments
 from xim_agent.engine import arguments
+from xim_agent.engine.budget import GIB, TYPICAL_FLOOR, Wishes
 from xim_agent.engine.environment import PRIVATE, cpu_threads, directories, pairs
-from xim_agent.engine.sizing import GIB, TYPICAL_FLOOR, ModelFacts, Sizing, Wishes, ceiling, size
+from xim_agent.engine.facts import ModelFacts
+from xim_agent.engine.sizing import Sizing, ceiling, size
 from xim_agent.errors import AgentError, Exit
 from xim_agent.hardware.report import Device, Hardware
 from xim_agent.mesh.messages import Assignment
@@ -38,6 +40,9 @@ _SPECULATIVE = {  # methods without a draft model, by architecture
     "Glm4MoeForCausalLM": "mtp",
     "MiMoForCausalLM": "mimo_mtp",
 }
+
+
+_VLLMS_NAME = {"bitsandbytes-fp4": "bitsandbytes"}  # whose default of 4 bits is fp4
 
 
 @dataclass(frozen=True)
@@ -71,8 +76,8 @@ class Plan:
             return self.ceiling
         w = self.wishes
         longest = self.sizing.max_model_len or w.max_model_len or self.model.max_len or TYPICAL_FLOOR
-        each = self.model.sequence_bytes(1, w.tensor_parallel, w.pipeline_parallel)
-        return min(ceiling(self.model, kv_tokens * each, longest, w), self.max_num_seqs)
+        kv_bytes = int(kv_tokens * self.model.slot_bytes(*w.split))
+        return min(ceiling(self.model, kv_bytes, longest, w), self.max_num_seqs)
 
     def same_engine(self, other: "Plan | None") -> bool:
         return other is not None and self.argv == other.argv and dict(self.env) == dict(other.env)
@@ -99,16 +104,15 @@ def plan(
     model: ModelFacts,
     places: Places,
     known: frozenset[str] | None = None,
+    bitsandbytes: bool = False,
 ) -> Plan:
     """`known`: flags of the installed vLLM, None while unknown (then all are given, and vLLM says what it lacks).
+    `bitsandbytes`: it can quantize so.
 
     Raises AgentError: model_does_not_fit, no_such_device, too_few_devices, engine_args_refused, engine_args_invalid,
-    engine_flag_missing.
+    engine_flag_missing, tensor_parallel_unfit.
     """
     serving = assignment.serving
-    wishes = _wishes(config, assignment, hardware)
-    sizing = size(model, hardware, wishes) if config.auto_config else None
-    own = _flags(config, assignment, hardware, model, places, wishes, sizing)
     from_router = arguments.chosen_by_router(serving.engine_args, config.allow_engine_args)
     for words in from_router:
         if words[0] == "--chat-template":
@@ -123,16 +127,23 @@ def plan(
                 f"VLLM_ARGS may not hold {words[0]}: the agent alone reaches the engine",
                 "use XEROTIER_AGENT_VLLM_SOCKET_PATH to place the socket",
             )
+    later = [word for words in (*from_router, *from_operator) for word in words]
+    wishes, model = arguments.overridden(_wishes(config, assignment, model), model, later)
+    wishes = _with_devices(
+        config, hardware, replace(wishes, max_num_seqs=_max_num_seqs(later, wishes), bitsandbytes=bitsandbytes)
+    )
+    sizing = size(model, hardware, wishes) if config.auto_config else None
+    own = _flags(config, assignment, hardware, model, places, wishes, sizing)
     warnings = list(sizing.warnings if sizing else ())
     own = _only_known(own, known, warnings)
     argv = (places.launcher, "serve", places.model, *arguments.merged(own, from_router, from_operator))
     env = {**PRIVATE, **directories(places.scratch, places.compile_cache), **_options(config)}
     if hardware.accelerator == "cpu":
-        env |= cpu_threads(hardware, wishes.tensor_parallel * wishes.pipeline_parallel)
+        env |= cpu_threads(hardware, wishes.ranks)
         if sizing:
             env["VLLM_CPU_KVCACHE_SPACE"] = str(sizing.kv_bytes // GIB)
     env |= pairs(config.vllm_env)
-    seqs = _max_num_seqs(argv, wishes)
+    seqs = wishes.max_num_seqs
     most = sizing.ceiling if sizing else wishes.max_concurrent or seqs
     return Plan(argv, env, min(most, seqs), seqs, serving.task, model, wishes, sizing, tuple(warnings))
 
@@ -152,26 +163,30 @@ def _refused(code: str, message: str, hint: str) -> AgentError:
     return AgentError(code, message, hint=hint, exit_code=Exit.CONFIG)
 
 
-def _wishes(config: Config, assignment: Assignment, hardware: Hardware) -> Wishes:
+def _wishes(config: Config, assignment: Assignment, model: ModelFacts) -> Wishes:
     seqs = config.max_num_seqs or max(64, config.max_concurrent or 0)
     offload = None if config.kv_offload_size_gb is None else int(config.kv_offload_size_gb * 10**9)
     quantization = config.vllm_quantization or assignment.serving.quantization
     if (assignment.serving.max_model_len or 0) > LONGEST:
         raise _refused("engine_args_invalid", f"the assignment's max_model_len is above {LONGEST} tokens", "")
-    wishes = Wishes(
+    return Wishes(
         max_model_len=config.max_model_len or assignment.serving.max_model_len,
         max_num_seqs=seqs,
         max_concurrent=config.max_concurrent,
         tensor_parallel=config.tensor_parallel_size,
         pipeline_parallel=config.pipeline_parallel_size,
         utilization=config.gpu_memory_utilization,
-        quantization=None if quantization == "auto" else quantization,
+        quantization=None if quantization == "auto" else _VLLMS_NAME.get(quantization or "", quantization),
         offload_bytes=0 if config.kv_cache_backend == "none" else offload,
+        draft=config.speculative_enabled and "mtp" in str(_speculative(config, model)["method"]),
     )
+
+
+def _with_devices(config: Config, hardware: Hardware, wishes: Wishes) -> Wishes:
     if hardware.accelerator == "cpu":
         return wishes
     devices = visible(hardware.devices, config.cuda_visible_devices)
-    needed = wishes.tensor_parallel * wishes.pipeline_parallel
+    needed = wishes.ranks
     if not devices or (needed > len(devices) and config.distributed_backend != "ray"):
         raise _refused(
             "too_few_devices",
@@ -182,8 +197,8 @@ def _wishes(config: Config, assignment: Assignment, hardware: Hardware) -> Wishe
     return replace(wishes, devices=devices)
 
 
-def _max_num_seqs(argv: tuple[str, ...], wishes: Wishes) -> int:
-    word = arguments.value_of(argv, "--max-num-seqs")
+def _max_num_seqs(later: Sequence[str], wishes: Wishes) -> int:
+    word = arguments.value_of(later, "--max-num-seqs")
     if word is None:
         return wishes.max_num_seqs
     if not re.fullmatch(r"[0-9]{1,9}", word) or int(word) < 1:
@@ -226,13 +241,13 @@ def _flags(
         flags["--speculative-config"] = [json.dumps(_speculative(config, model))]
     if hardware.accelerator != "cpu":
         utilization = (sizing.utilization if sizing else None) or wishes.utilization
-        flags["--gpu-memory-utilization"] = [f"{utilization:.2f}"]
+        flags["--gpu-memory-utilization"] = [f"{utilization:g}"]
         offload = sizing.offload_bytes if sizing else wishes.offload_bytes or 0
         if offload:
             flags["--kv-offloading-size"] = [f"{offload / GIB:.2f}"]
             flags["--kv-offloading-backend"] = [config.kv_cache_backend]
     elif not config.auto_config:
-        flags["--gpu-memory-utilization"] = [f"{wishes.utilization:.2f}"]  # on a CPU, of the host's memory
+        flags["--gpu-memory-utilization"] = [f"{wishes.utilization:g}"]  # on a CPU, of the host's memory
     return flags
 
 

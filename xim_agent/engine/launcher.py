@@ -36,12 +36,23 @@ def identity(launcher: Path) -> str:
 def version(launcher: Path) -> str:
     """vLLM's version from the metadata beside the launcher's Python, without starting it (that takes 10 s and more);
     the launcher's identity when it is not a Python environment's script. Names the compile caches."""
+    for info in _beside(launcher, "vllm*.dist-info"):
+        if found := re.fullmatch(r"vllm(?:_cpu)?-([\w.+!-]+)\.dist-info", info.name):
+            return found[1]
+    return identity(launcher)
+
+
+def has_bitsandbytes(launcher: Path) -> bool:
+    """Whether this vLLM can be told `--quantization bitsandbytes`, by its files; False when they are not found."""
+    return bool(_beside(launcher, "vllm/model_executor/layers/quantization/bitsandbytes.py"))
+
+
+def _beside(launcher: Path, pattern: str) -> list[Path]:
+    found: list[Path] = []
     with suppress(OSError):
         for directory in {launcher.parent, launcher.resolve().parent}:
-            for info in sorted((directory.parent / "lib").glob("python3*/site-packages/vllm*.dist-info")):
-                if found := re.fullmatch(r"vllm(?:_cpu)?-([\w.+!-]+)\.dist-info", info.name):
-                    return found[1]
-    return identity(launcher)
+            found += sorted((directory.parent / "lib").glob(f"python3*/site-packages/{pattern}"))
+    return found
 
 
 def load_flags(cache: Path, launcher: Path) -> frozenset[str] | None:

@@ -41,6 +41,17 @@ class NoPlace(AgentError):
         )
 
 
+def places(config: Config, runtime: Path, program: str, directory: Path, caches: Path) -> Places:
+    """`runtime`: the agent's runtime directory. Nothing is made."""
+    socket = str(config.vllm_socket_path or runtime / "engine.sock")
+    return Places(program, str(directory), socket, str(runtime / "t"), str(caches))
+
+
+def flags_of(runtime: Path, program: Path) -> frozenset[str] | None:
+    """What this vLLM was asked for earlier; None when it has not been. Raises OSError when it cannot be reached."""
+    return launcher.load_flags(runtime / "flags.json", program)
+
+
 class Planner:
     """`runtime`: 0700, of this agent alone, short: sockets lie in it. `compile_cache`: vLLM's version → a directory."""
 
@@ -51,7 +62,6 @@ class Planner:
         self._compile_cache = compile_cache
         self.socket = str(config.vllm_socket_path or runtime / "engine.sock")
         self._scratch = runtime / "t"
-        self._flags = runtime / "flags.json"
         self._locked: tuple[int, int] | None = None  # device and inode of the lock that the guard holds
 
     async def plan(self, target: EngineTarget) -> Plan:
@@ -75,9 +85,9 @@ class Planner:
                 hint="look at VLLM_PATH, and at space and permissions of MODEL_CACHE_PATH",
                 exit_code=Exit.STATE,
             ) from error
-        places = Places(str(program), str(target.directory), self.socket, str(self._scratch), str(caches))
-        known = launcher.load_flags(self._flags, program)
-        return plan(self._config, target.assignment, self._hardware, model, places, known)
+        there = places(self._config, self.runtime, str(program), target.directory, caches)
+        known, bitsandbytes = flags_of(self.runtime, program), launcher.has_bitsandbytes(program)
+        return plan(self._config, target.assignment, self._hardware, model, there, known, bitsandbytes)
 
     async def learn_flags(self, made: Plan) -> bool:
         """vLLM did not know a flag: asks it, once an installation, for its list. True: plan again, with that list.
@@ -86,7 +96,7 @@ class Planner:
         start that succeeds has proven its flags.
         """
         program = Path(made.argv[0])
-        if launcher.load_flags(self._flags, program) is not None:
+        if flags_of(self.runtime, program) is not None:
             return False
         log.info("asking vLLM for the flags it knows")
         command = [str(program), "serve", "--help=all"]
@@ -97,7 +107,7 @@ class Planner:
         flags = known_flags(text)
         if "--uds" not in flags:
             return False
-        launcher.save_flags(self._flags, program, flags)
+        launcher.save_flags(self.runtime / "flags.json", program, flags)
         return True
 
     def environment(self, made: Plan) -> dict[str, str]:

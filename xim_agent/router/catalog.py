@@ -8,6 +8,7 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 from xim_agent.errors import AgentError, Exit
+from xim_agent.mesh.messages import Task
 from xim_agent.router.sql import digest, transaction
 
 ALL = "*"
@@ -47,7 +48,7 @@ class Assigned:
         }
 
 
-def task_of(config: Mapping[str, Any], files: Iterable[str]) -> str:
+def task_of(config: Mapping[str, Any], files: Iterable[str]) -> Task:
     """What a model is for, from its config.json and the names of its files: `embed`, `score` or `generate`."""
     architectures = [str(name) for name in config.get("architectures") or ()]
     if any(name.endswith("ForSequenceClassification") for name in architectures):
