@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent / "xim_agent"
 
 # Pure: what goes in is passed in, what comes out is returned. No clock, randomness, file, socket, log or task.
 PURE = {
-    *("outcome", "backoff", "text", "config.fields", "config.config", "config.mask", "hardware.report"),
+    *("outcome", "backoff", "text", "config.fields", "config.config", "config.mask"),
+    *("hardware.report", "hardware.visible", "hardware.xid"),
     *("identity.join_key", "identity.claims", "identity.rotation", "assignment.plan", "cache.manifest", "cache.plan"),
     *("engine.sizing", "engine.command", "engine.state", "engine.failures", "engine.salt"),
     *("work.lease", "work.outbox", "work.capacity", "mesh.messages", "mesh.codec", "metrics.names"),

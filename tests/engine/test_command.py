@@ -206,7 +206,7 @@ def test_child_environment_is_the_operators() -> None:
         "XEROTIER_AGENT_JOIN_KEY": "xjk_secret", "NOTIFY_SOCKET": "@x",
     }  # fmt: skip
     assert child_environment(ours, {"A": "1"}, "/tmp/_MEI1") == {
-        "PATH": "/bin", "LD_LIBRARY_PATH": "/opt/cuda", "PYTHONHASHSEED": "0", "A": "1"
+        "PATH": "/bin", "LD_LIBRARY_PATH": "/opt/cuda", "PYTHONHASHSEED": "0", "CUDA_DEVICE_ORDER": "PCI_BUS_ID", "A": "1"
     }  # fmt: skip
     del ours["LD_LIBRARY_PATH_ORIG"]
     assert "LD_LIBRARY_PATH" not in child_environment(ours, {}, "/tmp/_MEI1")

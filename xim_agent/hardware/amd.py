@@ -22,7 +22,8 @@ def from_amd_smi(static: bytes, memory: bytes, listing: bytes) -> tuple[tuple[De
         total = _bytes(_dict(entry.get("vram")).get("size")) or _bytes(usage.get("total_vram"))
         free = _bytes(usage.get("free_vram"))
         name, gfx = str(asic.get("market_name", "AMD GPU")), str(asic.get("target_graphics_version", ""))
-        devices.append(Device(gpu, str(ids.get(gpu, {}).get("uuid", "")), name, total, free, gfx))
+        uuid = _uuid(asic.get("asic_serial")) or str(ids.get(gpu, {}).get("uuid", ""))
+        devices.append(Device(gpu, uuid, name, total, free, gfx))
         driver = driver or str(_dict(entry.get("driver")).get("version", ""))
     return tuple(devices), driver
 
@@ -36,7 +37,7 @@ def from_rocm_smi(output: bytes) -> tuple[tuple[Device, ...], str]:
             low = {key.lower(): str(value) for key, value in card.items()}
             total, used = int(low.get("vram total memory (b)", 0)), int(low.get("vram total used memory (b)", 0))
             series, gfx = low.get("card series", "AMD GPU"), low.get("gfx version", "")
-            devices.append(Device(int(name[4:]), low.get("unique id", ""), series, total, total - used, gfx))
+            devices.append(Device(int(name[4:]), _uuid(low.get("unique id")), series, total, total - used, gfx))
     return tuple(sorted(devices, key=lambda device: device.index)), str(
         _dict(cards.get("system")).get("Driver version", "")
     )
@@ -52,6 +53,14 @@ def _bytes(value: object) -> int:
     """`{"value": 196592, "unit": "MB"}`, or a bare number of MB from older versions; 0 for N/A."""
     number, unit = (value.get("value"), value.get("unit", "MB")) if isinstance(value, dict) else (value, "MB")
     return int(number * _UNITS.get(str(unit), 0)) if isinstance(number, int | float) and number >= 0 else 0
+
+
+def _uuid(serial: object) -> str:
+    """`0x2CD5…` as ROCm writes it in ROCR_VISIBLE_DEVICES; empty when there is none."""
+    try:
+        return f"GPU-{int(str(serial), 16):016x}"
+    except ValueError:
+        return ""
 
 
 def _dict(value: object) -> dict[str, Any]:

@@ -1,109 +1,16 @@
-"""NVIDIA through a stand-in for NVML, AMD through tools that print recorded output."""
+"""AMD through tools that print what real ones print."""
 
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from xim_agent.hardware import amd
-from xim_agent.hardware.nvidia import read_nvidia
 from xim_agent.hardware.probe import probe
 
 GIB = 2**30
-
-
-class Nvml:
-    """Two GPUs, the second cut into two MIG slices. `broken`: the NVML error code that every call gives."""
-
-    NVML_ERROR_LIBRARY_NOT_FOUND = 12
-    NVML_ERROR_DRIVER_NOT_LOADED = 9
-    NVML_DEVICE_MIG_ENABLE = 1
-
-    class NVMLError(Exception):
-        def __init__(self, value: int) -> None:
-            super().__init__(f"code {value}")
-            self.value = value
-
-    def __init__(self, broken: int | None = None, at: str = "nvmlInit") -> None:
-        self.broken = {at: broken} if broken is not None else {}
-        self.open = 0
-
-    def __getattribute__(self, name: str) -> Any:
-        if name.startswith("nvml") and name in object.__getattribute__(self, "broken"):
-            raise Nvml.NVMLError(self.broken[name])
-        return object.__getattribute__(self, name)
-
-    def nvmlInit(self) -> None:
-        self.open += 1
-
-    def nvmlShutdown(self) -> None:
-        self.open -= 1
-
-    def nvmlSystemGetCudaDriverVersion_v2(self) -> int:
-        return 12080
-
-    def nvmlSystemGetDriverVersion(self) -> bytes:
-        return b"570.1"
-
-    def nvmlDeviceGetCount(self) -> int:
-        return 2
-
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> str:
-        return str(index)
-
-    def nvmlDeviceGetName(self, handle: str) -> str:
-        return "H100"
-
-    def nvmlDeviceGetCudaComputeCapability(self, handle: str) -> tuple[int, int]:
-        return 9, 0
-
-    def nvmlDeviceGetUUID(self, handle: str) -> str:
-        return ("MIG-" if "." in handle else "GPU-") + handle
-
-    def nvmlDeviceGetMigMode(self, handle: str) -> tuple[int, int]:
-        if handle == "0":
-            raise Nvml.NVMLError(3)
-        return 1, 1
-
-    def nvmlDeviceGetMaxMigDeviceCount(self, handle: str) -> int:
-        return 7
-
-    def nvmlDeviceGetMigDeviceHandleByIndex(self, handle: str, number: int) -> str:
-        if number > 1:
-            raise Nvml.NVMLError(6)
-        return f"{handle}.{number}"
-
-    def nvmlDeviceGetMemoryInfo(self, handle: str) -> Any:
-        return SimpleNamespace(total=20 * GIB if "." in handle else 80 * GIB, free=19 * GIB)
-
-
-def test_nvidia_with_mig() -> None:
-    nvml = Nvml()
-    found = read_nvidia(nvml)
-    assert [(d.index, d.uuid, d.memory_total_bytes, d.mig) for d in found.devices] == [
-        (0, "GPU-0", 80 * GIB, False),
-        (1, "MIG-1.0", 20 * GIB, True),
-        (1, "MIG-1.1", 20 * GIB, True),
-    ]
-    assert (found.driver, found.cuda, found.devices[0].compute_capability, found.note) == ("570.1", "12.8", "9.0", "")
-    assert nvml.open == 0
-
-
-@pytest.mark.parametrize(("code", "note"), [(12, ""), (9, ""), (18, "NVML: code 18")])
-def test_no_driver_is_silent_and_a_broken_one_is_not(code: int, note: str) -> None:
-    assert read_nvidia(Nvml(code)).note == note
-
-
-def test_gpu_lost_while_looking() -> None:
-    nvml = Nvml(15, "nvmlDeviceGetName")
-    assert (read_nvidia(nvml).note, nvml.open) == ("NVML: code 15", 0)
-
-
-def test_gpu_without_memory_of_its_own() -> None:
-    assert read_nvidia(Nvml(3, "nvmlDeviceGetMemoryInfo")).devices[0].memory_total_bytes == 0
 
 
 STATIC = [
@@ -163,7 +70,7 @@ def tool(machine: Path, name: str, script: str) -> None:
 
 async def probe_amd(machine: Path) -> Any:
     env = {"PATH": f"{machine}/bin:{os.defpath}"}
-    return await probe(root=machine, affinity=[0], nvml=Nvml(12), env=env)
+    return await probe(root=machine, affinity=[0], env=env)
 
 
 async def test_probe_asks_amd_smi(machine: Path) -> None:
