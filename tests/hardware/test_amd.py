@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
+from fakes.engine import alive
 
 from xim_agent.hardware import amd
+from xim_agent.hardware import probe as probe_module
 from xim_agent.hardware.probe import probe
 
 GIB = 2**30
@@ -68,8 +71,8 @@ def tool(machine: Path, name: str, script: str) -> None:
     path.chmod(0o755)
 
 
-async def probe_amd(machine: Path) -> Any:
-    env = {"PATH": f"{machine}/bin:{os.defpath}"}
+async def probe_amd(machine: Path, **more: str) -> Any:
+    env = {"PATH": f"{machine}/bin:{os.defpath}", **more}
     return await probe(root=machine, affinity=[0], env=env)
 
 
@@ -91,6 +94,68 @@ async def test_probe_falls_back_to_rocm_smi(machine: Path, broken: str | None) -
     assert (device.index, device.name, device.memory_total_bytes) == (1, "Radeon RX 7900 XT", 21458059264)
     assert device.memory_free_bytes == 21458059264 - 27856896
     assert hardware.driver == "6.7"
+
+
+OUTPUTS = Path(__file__).parent / "amd"
+
+
+@pytest.mark.parametrize(
+    ("version", "names", "gib", "free", "uuids", "driver"),
+    [
+        ("6.0", ["0x740f"], [64], [0], ["GPU-a4c9a5b3c0f0b6d1"], "6.3.6"),
+        ("6.3", ["AMD Instinct MI300X"] * 2, [192, 192], [191, 3], ["GPU-b3b8d0e9e1d4af04", "GPU-0f3a2b1c"], "6.10.5"),
+        ("7.0", ["AMD Instinct MI355X"], [288], [287], ["GPU-3c1a77e0b2d94f55"], "6.14.14"),
+    ],
+)
+async def test_amd_smi_of_several_versions(
+    machine: Path, version: str, names: list[str], gib: list[int], free: list[int], uuids: list[str], driver: str
+) -> None:
+    tool(machine, "amd-smi", f'cat "{OUTPUTS}/amd-smi-{version}-$1.txt"')
+    hardware = await probe_amd(machine)
+    assert [d.name for d in hardware.devices] == names
+    assert [round(d.memory_total_bytes / GIB) for d in hardware.devices] == gib
+    assert [int(d.memory_free_bytes / GIB) for d in hardware.devices] == free
+    assert all(d.uuid.startswith(uuid) for d, uuid in zip(hardware.devices, uuids, strict=True))
+    assert (hardware.accelerator, hardware.driver, hardware.notes) == ("amd", driver, ())
+
+
+@pytest.mark.parametrize(("version", "name"), [("5.7", "0x740c"), ("6.2", "AMD Instinct MI210")])
+async def test_rocm_smi_of_several_versions(machine: Path, version: str, name: str) -> None:
+    tool(machine, "rocm-smi", f'cat "{OUTPUTS}/rocm-smi-{version}.txt"')
+    hardware = await probe_amd(machine)
+    assert [(d.index, d.name, d.memory_total_bytes // 10**9) for d in hardware.devices] == [
+        (0, name, 68),
+        (1, name, 68),
+    ]
+    assert hardware.devices[0].uuid.startswith("GPU-")
+    assert hardware.driver
+
+
+@pytest.mark.parametrize("garbage", ["5", "[]", "null", '[{"gpu": "x"}]', "{", "", "ERROR: no permission", '"text"'])
+async def test_garbage_of_both_tools_is_noted(machine: Path, garbage: str) -> None:
+    for name in ("amd-smi", "rocm-smi"):
+        tool(machine, name, f"echo '{garbage}'")
+    hardware = await probe_amd(machine)
+    assert (hardware.accelerator, hardware.devices) == ("cpu", ())
+    assert hardware.notes[0].startswith("an AMD GPU is there, but ")
+
+
+async def test_a_tool_that_hangs_is_ended(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe_module, "TOOL_SECONDS", 0.3)
+    tool(machine, "amd-smi", f"echo $$ > {machine}/pid; exec sleep 60")
+    tool(machine, "rocm-smi", f"echo '{json.dumps(ROCM)}'")
+    with trio.fail_after(10):
+        hardware = await probe_amd(machine)
+    assert [d.name for d in hardware.devices] == ["Radeon RX 7900 XT"]
+    assert not alive(int((machine / "pid").read_text()))
+
+
+async def test_variables_choose_among_amd_gpus(machine: Path) -> None:
+    tool(machine, "amd-smi", f'cat "{OUTPUTS}/amd-smi-6.3-$1.txt"')
+    hardware = await probe_amd(machine, ROCR_VISIBLE_DEVICES="GPU-0f3a2b1c4d5e6f70")
+    assert [d.index for d in hardware.devices] == [1]
+    hardware = await probe_amd(machine, HIP_VISIBLE_DEVICES="1,0")
+    assert [d.index for d in hardware.devices] == [1, 0]
 
 
 async def test_amd_gpu_without_tools_is_noted(machine: Path) -> None:

@@ -54,7 +54,7 @@ def pynvml() -> Any:
 
 def _cure(nvml: Any, error: Any) -> str:
     cures = {
-        nvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH: "; the driver was updated, the old one still runs: restart the machine",
+        nvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH: "; a newer driver does not run yet: restart the machine",
         nvml.NVML_ERROR_NO_PERMISSION: "; give the agent's user access to /dev/nvidia*",
     }
     return cures.get(error.value, "")
