@@ -123,6 +123,7 @@ int nvmlShutdown(void) {
 }
 
 int fake_nvml_sessions(void) { return sessions; }
+void fake_nvml_reset(void) { sessions = inits = told = 0; }
 int fake_nvml_inits(void) { return inits; }
 
 const char *nvmlErrorString(int status) {

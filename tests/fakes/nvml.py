@@ -69,5 +69,6 @@ def machine(directory: Path, compiled: Path, monkeypatch: pytest.MonkeyPatch) ->
     script = directory / "nvml"
     monkeypatch.setenv("FAKE_NVML", str(script))
     made = Machine(script, load(compiled))
+    made.library.fake_nvml_reset()  # an earlier test's agent leaves it open, as an agent does at its end
     made.write()
     return made
