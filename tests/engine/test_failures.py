@@ -1,3 +1,4 @@
+import os
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -20,14 +21,15 @@ RETRIED = {
     ],
     "shm_too_small": ["shm_too_small", "nccl_shm_too_small"],
     "disk_full": ["disk_full_cache"],
-    "host_out_of_memory": ["kv_above_memory"],
+    "host_out_of_memory": ["kv_above_memory", "rlimit_as_start", "rlimit_as_kv_cache"],
     "limit_reached": ["rlimit_nofile"],
     "gpu_lost": ["gpu_lost_while_serving", "gpu_lost_nvml", "gpu_lost_ecc"],
     "gpu_fault": ["gpu_fault_illegal_access", "gpu_fault_assert", "gpu_fault_rocm"],
     "gpu_missing": ["gpu_none_available", "gpu_no_driver", "gpu_none_hip", "gpu_ordinal", "gpu_device_type"],
     "nccl_failed": ["nccl_torch", "nccl_unhandled_system_error"],
     "socket_in_use": ["socket_taken"],
-    "no_permission": ["socket_no_permission", "weights_no_permission", "config_no_permission", "cache_no_permission"],
+    "no_permission": ["socket_no_permission", "config_no_permission", "cache_no_permission", "tmp_no_permission"],
+    "weights_unreadable": ["weights_no_permission"],
     "launcher_broken": ["import_broken"],
     "engine_killed": ["core_killed_serving", "core_killed_starting", "worker_killed_serving"],
     "engine_failed": ["unknown"],
@@ -72,6 +74,8 @@ CASES = [
     for code, names in table.items()
     for name in names
 ]
+README = Path(__file__).parents[2] / "README.md"
+BEGIN, END = "<!-- failures: written by tests/engine/test_failures.py -->\n", "<!-- end of failures -->\n"
 # What a remedy starts with, or offers after a comma or a colon: something a person can do.
 ACTIONS = ("change", "end", "lower", "free", "raise", "make", "look", "use", "install", "set", "give", "publish",
            "repair", "check", "assign", "restart")  # fmt: skip
@@ -104,6 +108,21 @@ def test_remedies_name_options_that_exist_or_something_to_do(code: str) -> None:
     parts = re.split(r"[,;:] (?:or |and |then )?", remedy)
     assert any(part.startswith(ACTIONS) for part in parts), remedy
     assert "\n" not in remedy
+
+
+def test_readme_has_the_table() -> None:
+    """To write it anew: XIM_WRITE_README=1."""
+    rows = ["| class | what to do | tried again |", "| --- | --- | --- |"]
+    last = {row.code: row for row in failures._CLASSES}
+    for row in last.values():
+        rows.append(f"| `{row.code}` | {row.remedy.replace('|', chr(92) + '|')} | {'yes' if row.retry else 'no'} |")
+    text = README.read_text()
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    wanted = before + BEGIN + "\n".join(rows) + "\n" + END + after
+    if os.environ.get("XIM_WRITE_README"):
+        README.write_text(wanted)
+    assert text == wanted
 
 
 def test_its_core_may_die_and_the_server_end_with_0() -> None:
