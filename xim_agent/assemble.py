@@ -86,7 +86,7 @@ class Agent:
         if work.suspended:
             reasons.append("suspended: the router lets this agent take no work")
         if reasons:
-            reasons += [f"{c.code}: {c.text}" for c in self.health.conditions()]
+            reasons += self.health.sentences()
         return reasons
 
 
@@ -274,7 +274,7 @@ def _with_metrics(made: Agent, config: Config, clock: Clock, router: RouterClien
             "agent": process,
             "config": describe(config),
             "not_ready": made.reasons(),
-            "health": made.health.conditions(),
+            "health": made.health.report(),
             **{name: report() for name, report in statistics.items()},
         },
         engine_text=made.engine.metrics_text,

@@ -113,9 +113,10 @@ def test_remedies_name_options_that_exist_or_something_to_do(code: str) -> None:
 def test_readme_has_the_table() -> None:
     """To write it anew: XIM_WRITE_README=1."""
     rows = ["| class | what to do | tried again |", "| --- | --- | --- |"]
-    last = {row.code: row for row in failures._CLASSES}
-    for row in last.values():
-        rows.append(f"| `{row.code}` | {row.remedy.replace('|', chr(92) + '|')} | {'yes' if row.retry else 'no'} |")
+    rows += [
+        f"| `{row.code}` | {row.remedy.replace('|', chr(92) + '|')} | {'yes' if row.retry else 'no'} |"
+        for row in failures._CLASSES
+    ]
     text = README.read_text()
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)

@@ -80,7 +80,7 @@ _CLASSES = (
     _row("no_permission", r"PermissionError|Permission denied|Operation not permitted",
          "give the agent's user access to the path named above"),
     _row("weights_unreadable", r"No such file or directory: .*\.safetensors",
-         "make the named file readable for the agent's user, or publish the model again (safetensors says this of both)"),
+         "make the file readable for the agent's user, or publish the model again (safetensors says this of both)"),
     _row("weights_missing", r"Cannot find any model weights|weights were not initialized from checkpoint",
          "publish the model again, with its weights", retry=False),
     _row("corrupt_weights", r"SafetensorError|HeaderTooLarge|MetadataIncompleteBuffer|InvalidHeader|size mismatch for|"
