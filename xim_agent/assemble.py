@@ -26,11 +26,13 @@ from xim_agent.config.config import describe
 from xim_agent.config.fields import Config
 from xim_agent.config.paths import control_name, runtime_directory
 from xim_agent.control.server import ControlServer
+from xim_agent.engine.environment import gpu_environment
 from xim_agent.engine.guard import Guard
 from xim_agent.engine.service import EngineService
 from xim_agent.errors import AgentError, leaves
 from xim_agent.hardware.probe import probe
 from xim_agent.hardware.report import Hardware, report
+from xim_agent.hardware.watch import watch_for
 from xim_agent.health import Health
 from xim_agent.identity.join_key import JoinKey, parse_router_url
 from xim_agent.identity.service import IdentityService
@@ -40,6 +42,7 @@ from xim_agent.mesh.client import RouterClient
 from xim_agent.metrics.registry import Collector
 from xim_agent.metrics.server import MetricsServer
 from xim_agent.outcome import SKEW_SECONDS, Action, RouterError
+from xim_agent.watch import Changed
 from xim_agent.work.link import Link
 from xim_agent.work.poller import Poller
 from xim_agent.work.sender import Sender
@@ -83,7 +86,7 @@ class Agent:
         if work.suspended:
             reasons.append("suspended: the router lets this agent take no work")
         if reasons:
-            reasons += [f"{c.code}: {c.text}" for c in self.health.conditions()]
+            reasons += self.health.sentences()
         return reasons
 
 
@@ -147,7 +150,7 @@ async def assemble(config: Config, guard: Guard) -> AsyncIterator[Agent]:
     """
     clock = SystemClock()
     health = Health(clock.now)
-    hardware = await probe()
+    hardware = await probe(env=gpu_environment(config, os.environ))
     store = await open_store(config.config_path)
     try:
         async with (
@@ -194,6 +197,7 @@ def _wire(
 ) -> Agent:
     identity = make_identity(config, store, router, health, hardware)
     changed = Changed()
+    cards = watch_for(hardware, config, health)
     engine = EngineService(
         config=config,
         hardware=hardware,
@@ -203,7 +207,9 @@ def _wire(
         health=health,
         compile_cache=cache.compile_cache_dir,
         changed=changed,
+        blocked=lambda: cards.in_trouble,
     )
+    cards.changed = engine.recheck
     boot = secrets.token_urlsafe(12)
     link = Link(health=health, unreachable=identity.unreachable)
     sender = Sender(router=router, boot=boot, link=link, spool=Spool(config.config_path / "spool"))
@@ -234,21 +240,11 @@ def _wire(
         identity=identity, cache=cache, assignment=assignment, engine=engine, poller=poller, health=health,
         parts=agent.Parts(
             identity=identity, engine=engine, assignment=assignment, poller=poller, sender=sender,
-            listeners=(cache.watch,), drain_seconds=config.drain_timeout_seconds,
+            listeners=(cache.watch, cards.run), drain_seconds=config.drain_timeout_seconds,
         ),
     )  # fmt: skip
     made = _with_control(made, config)
     return made if config.disable_metrics_server else _with_metrics(made, config, clock, router)
-
-
-class Changed:
-    """Told by parts that exist before the poller, who listens, does."""
-
-    def __init__(self) -> None:
-        self.listener: Callable[[], None] = lambda: None
-
-    def __call__(self) -> None:
-        self.listener()
 
 
 @dataclass(frozen=True)
@@ -278,7 +274,7 @@ def _with_metrics(made: Agent, config: Config, clock: Clock, router: RouterClien
             "agent": process,
             "config": describe(config),
             "not_ready": made.reasons(),
-            "health": made.health.conditions(),
+            "health": made.health.report(),
             **{name: report() for name, report in statistics.items()},
         },
         engine_text=made.engine.metrics_text,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from xim_agent.log import redact
 from xim_agent.mesh.messages import Condition
@@ -33,3 +34,12 @@ class Health:
 
     def conditions(self) -> list[Condition]:
         return sorted(self._conditions.values(), key=lambda c: (c.since, c.code))
+
+    def report(self) -> list[dict[str, Any]]:
+        """For people at this machine: with what cures it, which the wire has no place for."""
+        return [
+            {"code": c.code, "text": c.text, "hint": self.hints[c.code], "since": c.since} for c in self.conditions()
+        ]
+
+    def sentences(self) -> list[str]:
+        return [f"{row['code']}: {row['text']}" + (f"; {row['hint']}" if row["hint"] else "") for row in self.report()]

@@ -1,5 +1,7 @@
 """Lets several tasks wait for "something changed" without losing a change between two looks."""
 
+from collections.abc import Callable
+
 import trio
 
 
@@ -20,3 +22,13 @@ class Watch:
         while self.version <= seen:
             await self._event.wait()
         return self.version
+
+
+class Changed:
+    """Told by parts that exist before the poller, who listens, does."""
+
+    def __init__(self) -> None:
+        self.listener: Callable[[], None] = lambda: None
+
+    def __call__(self) -> None:
+        self.listener()

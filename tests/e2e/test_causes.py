@@ -209,9 +209,9 @@ def suspended(place: Place) -> Row:
         until("the condition", lambda: agent.label("xim_agent_condition", "agent_suspended"), 30)
         assert agent.popen.poll() is None
         status = httpx.get(f"http://127.0.0.1:{agent.port}/readyz", trust_env=False).text
-    found = re.search(r"agent_suspended: (.*)", status)
+    found = re.search(r"agent_suspended: (.*); (.*)", status)
     assert found, status
-    return Row("agent suspended", found[1], "ask the router's operator", "stays up", "agent_suspended")
+    return Row("agent suspended", found[1], found[2], "stays up", "agent_suspended")
 
 
 def removed(place: Place) -> Row:

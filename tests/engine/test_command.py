@@ -167,6 +167,9 @@ def test_all_forms_of_a_flag_are_one(form: str) -> None:
     assert merged({"--a-b": ["1"], "--c": []}, [[form]]) == ["--c", form]
 
 
+CUDA_ORDER = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+
+
 def test_child_environment_is_the_operators() -> None:
     ours = {
         "PATH": "/bin", "LD_LIBRARY_PATH": "/tmp/_MEI1", "LD_LIBRARY_PATH_ORIG": "/opt/cuda", "_MEIPASS2": "x",
@@ -174,9 +177,9 @@ def test_child_environment_is_the_operators() -> None:
         "XEROTIER_AGENT_JOIN_KEY": "xjk_secret", "NOTIFY_SOCKET": "@x",
     }  # fmt: skip
     assert child_environment(ours, {"A": "1"}, "/tmp/_MEI1") == {
-        "PATH": "/bin", "LD_LIBRARY_PATH": "/opt/cuda", "PYTHONHASHSEED": "0", "A": "1"
+        "PATH": "/bin", "LD_LIBRARY_PATH": "/opt/cuda", "PYTHONHASHSEED": "0", "A": "1", **CUDA_ORDER
     }  # fmt: skip
     del ours["LD_LIBRARY_PATH_ORIG"]
     assert "LD_LIBRARY_PATH" not in child_environment(ours, {}, "/tmp/_MEI1")
     unfrozen = child_environment({"LD_LIBRARY_PATH": "/opt", "PYTHONPATH": "/x"}, {}, None)
-    assert unfrozen == {"LD_LIBRARY_PATH": "/opt", "PYTHONPATH": "/x"}
+    assert unfrozen == {"LD_LIBRARY_PATH": "/opt", "PYTHONPATH": "/x", **CUDA_ORDER}

@@ -1,62 +1,167 @@
+import os
+import re
+from dataclasses import fields
+from pathlib import Path
+
 import pytest
 
+from xim_agent.config.fields import Config
+from xim_agent.engine import failures
 from xim_agent.engine.failures import classify
 from xim_agent.engine.scrape import Gauges, parse
 
-ENGINE_CORE = "(EngineCore pid=9) ERROR 11-23 15:54:52 [core.py:1] "
-
-
-@pytest.mark.parametrize(
-    ("line", "code", "retry"),
-    [
-        ("vllm: error: unrecognized arguments: --nonsense", "engine_flag_unknown", False),
-        ("vllm: error: argument --dtype: invalid choice: 'x'", "engine_flag_unknown", False),
-        (
-            ENGINE_CORE + "torch.OutOfMemoryError: CUDA out of memory. Tried 1 GiB",
-            "gpu_out_of_memory",
-            True,
-        ),
-        (
-            ENGINE_CORE + "ValueError: Free memory on device cuda:0 (16.9/79.2 GiB) is less than desired GPU",
-            "gpu_out_of_memory",
-            True,
-        ),
-        (
-            "ValueError: To serve a request with the models's max seq len (131072), 16.0 GiB KV cache is needed",
-            "kv_cache_too_small",
-            False,
-        ),
-        ("OSError: [Errno 28] No space left on device: '/dev/shm/psm_1'", "shm_too_small", True),
-        ("OSError: [Errno 28] No space left on device: '/cache/x'", "disk_full", True),
-        (
-            "ValueError: Available memory on node 0 (1.0/9.9 GiB) on kv cache allocation is less than requested",
-            "host_out_of_memory",
-            True,
-        ),
-        ("RuntimeError: NCCL error: unhandled system error", "nccl_failed", True),
-        ("OSError: [Errno 98] Address already in use", "socket_in_use", True),
-        ("PermissionError: [Errno 13] Permission denied: '/models/x'", "no_permission", True),
-        (
-            "safetensors_rust.SafetensorError: Error: HeaderTooLarge",
-            "corrupt_weights",
-            False,
-        ),
-        ("ValueError: Model architectures ['Foo'] are not supported for now.", "unsupported_model", False),
-        ("ModuleNotFoundError: No module named 'torchvision'", "launcher_broken", True),
+TAILS = Path(__file__).parent / "tails"  # what the agent keeps of vLLM's output; the GPU ones after its own messages
+RETRIED = {
+    "gpu_memory_taken": ["gpu_memory_taken", "gpu_memory_taken_while_profiling"],
+    "gpu_out_of_memory": [
+        "gpu_out_of_memory_loading",
+        "gpu_out_of_memory_warming_up",
+        "gpu_out_of_memory_cublas",
+        "gpu_out_of_memory_hip",
     ],
-)
-def test_known_failures(line: str, code: str, retry: bool) -> None:
-    found = classify(1, f"INFO noise\n{line}\nERROR RuntimeError: Engine core initialization failed.")
+    "shm_too_small": ["shm_too_small", "nccl_shm_too_small"],
+    "disk_full": ["disk_full_cache"],
+    "host_out_of_memory": ["kv_above_memory", "rlimit_as_start", "rlimit_as_kv_cache"],
+    "limit_reached": ["rlimit_nofile"],
+    "gpu_lost": ["gpu_lost_while_serving", "gpu_lost_nvml", "gpu_lost_ecc"],
+    "gpu_fault": ["gpu_fault_illegal_access", "gpu_fault_assert", "gpu_fault_rocm"],
+    "gpu_missing": ["gpu_none_available", "gpu_no_driver", "gpu_none_hip", "gpu_ordinal", "gpu_device_type"],
+    "nccl_failed": ["nccl_torch", "nccl_unhandled_system_error"],
+    "socket_in_use": ["socket_taken"],
+    "no_permission": ["socket_no_permission", "config_no_permission", "cache_no_permission", "tmp_no_permission"],
+    "weights_unreadable": ["weights_no_permission"],
+    "launcher_broken": ["import_broken"],
+    "engine_killed": ["core_killed_serving", "core_killed_starting", "worker_killed_serving"],
+    "engine_failed": ["unknown"],
+}
+NOT_RETRIED = {
+    "engine_flag_unknown": ["bad_flag", "bad_value", "bad_json"],
+    "engine_option_refused": ["batched_tokens_below_length", "chat_template_missing", "tool_parser_unknown"],
+    "kv_cache_too_small": ["kv_blocks_too_few", "kv_cache_no_memory", "kv_cache_too_small_gpu"],
+    "context_too_long": ["context_too_long"],
+    "gpu_driver_too_old": ["gpu_driver_too_old", "gpu_driver_forward_compatibility", "gpu_driver_mismatch_cuda"],
+    "gpu_unsupported": ["gpu_no_kernel_image", "gpu_bfloat16", "gpu_quantization_capability"],
+    "weights_missing": ["weights_missing"],
+    "corrupt_weights": [
+        "weights_truncated",
+        "weights_header_flipped",
+        "weights_header_length",
+        "weights_empty",
+        "weights_other_shape",
+    ],
+    "parallel_impossible": ["tp_above_cores", "tp_cores_default", "tp_not_divisor", "tensor_parallel_above_gpus"],
+    "quantization_unsupported": [
+        "quantization_unknown",
+        "quantization_in_config_unknown",
+        "quantization_awq_missing",
+        "quantization_bitsandbytes_missing",
+        "quantization_fp8_on_cpu",
+    ],
+    "unsupported_model": ["architecture_unknown", "model_type_unknown"],
+    "model_files_broken": [
+        "config_truncated",
+        "config_missing",
+        "config_nonsense",
+        "dtype_unknown_in_config",
+        "model_missing",
+        "tokenizer_missing",
+        "tokenizer_truncated",
+    ],
+}
+CASES = [
+    (name, code, retry)
+    for table, retry in ((RETRIED, True), (NOT_RETRIED, False))
+    for code, names in table.items()
+    for name in names
+]
+README = Path(__file__).parents[2] / "README.md"
+BEGIN, END = "<!-- failures: written by tests/engine/test_failures.py -->\n", "<!-- end of failures -->\n"
+# What a remedy starts with, or offers after a comma or a colon: something a person can do.
+ACTIONS = ("change", "end", "lower", "free", "raise", "make", "look", "use", "install", "set", "give", "publish",
+           "repair", "check", "assign", "restart")  # fmt: skip
+OPTION = re.compile(r"\b[A-Z][A-Z]+(?:_[A-Z]+)+\b")
+THEIRS = {"NCCL_DEBUG"}  # of others, named as a value of ours
+
+
+@pytest.mark.parametrize(("name", "code", "retry"), CASES)
+def test_tails_of_vllm(name: str, code: str, retry: bool) -> None:
+    tail = (TAILS / f"{name}.txt").read_text()
+    found = classify(1, tail)
     assert (found.code, found.retry) == (code, retry)
-    assert line in found.text
-    assert found.remedy
+    assert found.text.startswith("vLLM exited (1): ") or code == "engine_killed"
+    assert not re.search(r"pid=|\[\w+\.py:\d+\]", found.text), "for people"
+    assert len(found.text) < 520
+    assert "\n" not in found.text
+
+
+def test_every_tail_is_in_a_table_and_every_class_has_a_tail() -> None:
+    assert sorted(path.stem for path in TAILS.iterdir()) == sorted(name for name, _, _ in CASES)
+    assert {row.code for row in failures._CLASSES} | {"engine_failed"} == RETRIED.keys() | NOT_RETRIED.keys()
+
+
+@pytest.mark.parametrize("code", [*RETRIED, *NOT_RETRIED])
+def test_remedies_name_options_that_exist_or_something_to_do(code: str) -> None:
+    name = (RETRIED | NOT_RETRIED)[code][0]
+    remedy = classify(1, (TAILS / f"{name}.txt").read_text()).remedy
+    known = {field.name.upper() for field in fields(Config)}
+    assert set(OPTION.findall(remedy)) <= known | THEIRS
+    parts = re.split(r"[,;:] (?:or |and |then )?", remedy)
+    assert any(part.startswith(ACTIONS) for part in parts), remedy
+    assert "\n" not in remedy
+
+
+def test_readme_has_the_table() -> None:
+    """To write it anew: XIM_WRITE_README=1."""
+    rows = ["| class | what to do | tried again |", "| --- | --- | --- |"]
+    rows += [
+        f"| `{row.code}` | {row.remedy.replace('|', chr(92) + '|')} | {'yes' if row.retry else 'no'} |"
+        for row in failures._CLASSES
+    ]
+    text = README.read_text()
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    wanted = before + BEGIN + "\n".join(rows) + "\n" + END + after
+    if os.environ.get("XIM_WRITE_README"):
+        README.write_text(wanted)
+    assert text == wanted
+
+
+def test_its_core_may_die_and_the_server_end_with_0() -> None:
+    found = classify(0, (TAILS / "core_killed_serving.txt").read_text(), served=True)
+    assert (found.code, found.retry) == ("engine_killed", True)
+    lost = classify(0, (TAILS / "gpu_lost_while_serving.txt").read_text(), served=True)
+    assert lost.code == "gpu_lost"
+
+
+def test_what_a_warning_fears_is_no_cause() -> None:
+    fear = "(APIServer pid=1) WARNING 11-25 12:00:00 [x.py:1] can cause `OSError: [Errno 24] Too many open files`"
+    assert classify(1, f"{fear}\nValueError: another").code == "engine_failed"
+
+
+def test_an_engine_that_had_served_is_always_tried_again() -> None:
+    tail = (TAILS / "weights_truncated.txt").read_text()
+    assert classify(1, tail, served=True).retry
 
 
 def test_an_unknown_failure_keeps_its_whole_tail() -> None:
     tail = "Traceback (most recent call last):\n  File x\nSomethingError: never seen\n"
     found = classify(1, tail)
     assert (found.code, found.tail) == ("engine_failed", tail)
+    assert "log" in found.remedy
     assert found.text == "vLLM exited (1): SomethingError: never seen"
+
+
+@pytest.mark.parametrize(
+    ("begins", "follows"),
+    [
+        ("failed to start.", "RuntimeError: Engine core initialization failed. Failed core proc(s): {'EngineCore': 1}"),
+        ("encountered a fatal error.", "vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue."),
+    ],
+)
+def test_of_an_unknown_failure_the_cause_is_said_not_what_follows(begins: str, follows: str) -> None:
+    core = "(EngineCore pid=9) ERROR 11-23 15:54:52 [core.py:1] "
+    found = classify(1, f"{core}EngineCore {begins}\n{core}KeyError: 'a bug'\n{follows}\n")
+    assert (found.code, found.text) == ("engine_failed", "vLLM exited (1): KeyError: 'a bug'")
 
 
 def test_signals_and_our_own_reasons_are_named() -> None:

@@ -77,6 +77,7 @@ class Bench:
     health: Health = field(default_factory=lambda: Health(now=time.time))
     settings: dict[str, Any] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
+    blocked: Callable[[], bool] = lambda: False
 
     def service(self) -> EngineService:
         known = {"FAKE_VLLM_CONTROL": str(self.runtime / "control"), "FAKE_VLLM_COUNT": str(self.runtime / "starts")}
@@ -92,6 +93,7 @@ class Bench:
             health=self.health,
             compile_cache=lambda version: self.runtime / "caches",
             changed=lambda: None,
+            blocked=self.blocked,
         )
 
     def target(self, **serving: Any) -> EngineTarget:

@@ -112,6 +112,39 @@ CASES: dict[str, tuple[dict[str, str], tuple[float, float]]] = {
         },
         (float("inf"), 3 * GIB),
     ),
+    "v2, a part of one CPU, far up": (
+        {
+            "proc/self/cgroup": "0::/a.slice/b.service/c\n",
+            "proc/self/mountinfo": MOUNT_2.format(base="/"),
+            f"{G2}/a.slice/cpu.max": "25000 100000\n",
+            f"{G2}/a.slice/b.service/cpu.max": "300000 100000\n",
+            f"{G2}/a.slice/b.service/c/memory.max": "max\n",
+        },
+        (0.25, float("inf")),
+    ),
+    "v2, a file that says nothing": (
+        {
+            "proc/self/cgroup": "0::/a\n",
+            "proc/self/mountinfo": MOUNT_2.format(base="/"),
+            f"{G2}/a/cpu.max": "\n",
+            f"{G2}/a/memory.max": "nonsense\n",
+        },
+        (float("inf"), float("inf")),
+    ),
+    "v1, nested": (
+        {
+            "proc/self/cgroup": "4:memory:/pods/p/c\n3:cpu,cpuacct:/pods/p/c\n",
+            "proc/self/mountinfo": MOUNT_1.format(base="/"),
+            f"{G1C}/pods/p/cpu.cfs_quota_us": "350000\n",
+            f"{G1C}/pods/p/cpu.cfs_period_us": "100000\n",
+            f"{G1C}/pods/p/c/cpu.cfs_quota_us": "-1\n",
+            f"{G1C}/pods/p/c/cpu.cfs_period_us": "100000\n",
+            f"{G1M}/pods/memory.limit_in_bytes": f"{5 * GIB}\n",
+            f"{G1M}/pods/p/memory.limit_in_bytes": f"{6 * GIB}\n",
+            f"{G1M}/pods/p/c/memory.limit_in_bytes": "9223372036854771712\n",
+        },
+        (3.5, 5 * GIB),
+    ),
     "nothing to read": ({}, (float("inf"), float("inf"))),
 }
 
@@ -132,3 +165,14 @@ def test_limits_bound_the_host(tmp_path: Path) -> None:
     host = read_host(tmp_path, range(8))
     assert (host.cpu_limit, host.memory_total_bytes, host.memory_bytes) == (2.0, 2 * GIB, GIB)
     assert host.core_of == (0, 1, 0, 1, 2, 3, 2, 3)
+
+
+def test_a_cpuset_is_the_affinity_and_the_quota_may_be_less_or_more(tmp_path: Path) -> None:
+    put(
+        tmp_path,
+        **{"proc/cpuinfo": X86, "proc/meminfo": "MemTotal:       2097152 kB\n"},
+        **CASES["v1, nested"][0],
+    )
+    assert read_host(tmp_path, [6, 2]).cpu_limit == 2.0
+    host = read_host(tmp_path, [7, 6, 5, 4])
+    assert (host.cpu_limit, host.cpus) == (3.5, (4, 5, 6, 7))

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from xim_agent.hardware.report import Cpu, Device, Hardware, report, visible
+from xim_agent.hardware.report import Cpu, Device, Hardware, report
 
 DEVICES = tuple(Device(i, f"GPU-{i}{i}{i}", "H100", 80, 79, "9.0") for i in range(3))
 
@@ -44,20 +44,3 @@ def test_report_is_json_of_the_wire_form() -> None:
     }  # fmt: skip
     assert sent["cpu"] == {"model": "EPYC", "cores": 8, "threads": 16, "isa": ["avx2"]}
     assert (sent["memory_bytes"], sent["cache_bytes"], sent["shm_bytes"]) == (32, 7, 16)
-
-
-@pytest.mark.parametrize(
-    ("selection", "indices"),
-    [
-        (None, [0, 1, 2]),
-        ("", []),
-        ("-1", []),
-        ("1", [1]),
-        ("2, 0", [2, 0]),
-        ("0,7,1", [0]),
-        ("1,1", [1]),
-        ("GPU-222,GPU-0", [2, 0]),
-    ],
-)
-def test_cuda_visible_devices(selection: str | None, indices: list[int]) -> None:
-    assert [device.index for device in visible(DEVICES, selection)] == indices

@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from xim_agent.assignment.service import AssignmentStatistics
 from xim_agent.cache.service import CacheStatistics
-from xim_agent.engine.service import EngineStatistics
+from xim_agent.engine.statistics import EngineStatistics
 from xim_agent.errors import AgentError, Exit
 from xim_agent.identity.bearer import IdentityStatistics
 from xim_agent.mesh.transport import ClientStatistics

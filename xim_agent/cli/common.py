@@ -60,13 +60,14 @@ async def identity(config: Config) -> AsyncIterator[Any]:
     """(identity service, router client) over the locked state directory, for commands that make one call."""
     from xim_agent.assemble import make_identity, open_store, skew_condition
     from xim_agent.clock import SystemClock
+    from xim_agent.engine.environment import gpu_environment
     from xim_agent.hardware.probe import probe
     from xim_agent.health import Health
     from xim_agent.mesh.client import RouterClient
 
     clock = SystemClock()
     health = Health(clock.now)
-    hardware = await probe()
+    hardware = await probe(env=gpu_environment(config, os.environ))
     store = await open_store(config.config_path)
     try:
         async with RouterClient(

@@ -1,8 +1,9 @@
 """vLLM's environment: the operator's, nothing of ours, and what the engine needs. Pure."""
 
+import sys
 from collections.abc import Iterable, Mapping
 
-from xim_agent.config.fields import PREFIX
+from xim_agent.config.fields import PREFIX, Config
 from xim_agent.errors import AgentError, Exit
 from xim_agent.hardware.report import Hardware
 
@@ -73,6 +74,7 @@ def cpu_threads(hardware: Hardware, ranks: int) -> dict[str, str]:
 def child_environment(environ: Mapping[str, str], added: Mapping[str, str], bundle: str | None) -> dict[str, str]:
     """The operator's environment without our settings (secrets among them) and loader variables, plus `added`.
 
+    CUDA numbers the GPUs as NVML and nvidia-smi do, not the fastest first.
     Proxies are for our calls to the router and may hold a password; vLLM is kept off the network.
     `bundle`: the directory a frozen program was unpacked to, None when not frozen.
     """
@@ -89,4 +91,15 @@ def child_environment(environ: Mapping[str, str], added: Mapping[str, str], bund
         env.pop("LD_LIBRARY_PATH", None)
         if (original := env.pop("LD_LIBRARY_PATH_ORIG", None)) is not None:
             env["LD_LIBRARY_PATH"] = original
-    return {**env, **added}
+    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", **env, **added}
+
+
+def gpu_environment(config: Config, environ: Mapping[str, str]) -> dict[str, str]:
+    """The engine's environment as far as it hides GPUs; our own CUDA_VISIBLE_DEVICES chooses among all the others.
+
+    Raises AgentError as `pairs` does.
+    """
+    env = child_environment(environ, pairs(config.vllm_env), getattr(sys, "_MEIPASS", None))
+    if config.cuda_visible_devices is not None:
+        env.pop("CUDA_VISIBLE_DEVICES", None)
+    return env

@@ -1,6 +1,7 @@
 """Keeps one vLLM running for the current target: starts, proves, watches, restarts by budget, switches, stops."""
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ from xim_agent.engine.planner import NoPlace, Planner
 from xim_agent.engine.probe import Probe
 from xim_agent.engine.process import Ended, EngineRun, Hooks
 from xim_agent.engine.scrape import Gauges, Scrape
-from xim_agent.engine.state import LONGEST_DELAY, EngineState, RestartBudget, may_follow
+from xim_agent.engine.state import EngineState, RestartBudget, may_follow
+from xim_agent.engine.statistics import EngineStatistics
 from xim_agent.errors import AgentError
 from xim_agent.hardware.report import Hardware
 from xim_agent.health import Health
@@ -26,21 +28,6 @@ from xim_agent.mesh.messages import Load, Progress
 from xim_agent.watch import Watch
 
 log = logging.getLogger("xim_agent.engine")
-
-
-@dataclass(frozen=True)
-class EngineStatistics:
-    """`seconds_to_ready` of the last start that became ready; `failure` the class of the last failure, until ready."""
-
-    state: str
-    degraded: bool
-    ceiling: int
-    active: int
-    starts: int
-    failures: int
-    failure: str | None
-    seconds_to_ready: float | None
-    load: Load
 
 
 @dataclass(frozen=True)
@@ -53,6 +40,7 @@ class EngineService:
     """One engine at a time. `changed` is called, synchronously, when anything that a poll tells has changed.
 
     `runtime_dir`: 0700, of this agent alone, short. `compile_cache`: vLLM's version → a directory for its caches.
+    `blocked`: true while a GPU of it is in trouble; call `recheck` when that changes.
     """
 
     def __init__(
@@ -66,8 +54,10 @@ class EngineService:
         health: Health,
         compile_cache: Callable[[str], Path],
         changed: Callable[[], None],
+        blocked: Callable[[], bool] = lambda: False,
     ) -> None:
         self._config, self._guard, self._clock, self._health, self._tell = config, guard, clock, health, changed
+        self._blocked = blocked
         self._planner = Planner(config, hardware, guard, runtime_dir, compile_cache)
         self.client = EngineClient(config.vllm_salt_secret)
         self.state = EngineState.STOPPED
@@ -89,13 +79,13 @@ class EngineService:
 
     @property
     def ready(self) -> bool:
-        return self.state is EngineState.READY
+        return self.state is EngineState.READY and not self._blocked()
 
     @property
     def degraded(self) -> bool:
-        """It failed, and is not expected to work soon: no work is taken, a start is tried every five minutes."""
+        """Not expected to work soon: it failed for good or too often, or a GPU is in trouble. No work is taken."""
         lasting = self._failure is not None and not self._failure.retry
-        return not self.ready and (lasting or self._budget.degraded(trio.current_time()))
+        return not self.ready and (lasting or self._blocked() or self._budget.degraded(trio.current_time()))
 
     @property
     def ceiling(self) -> int:
@@ -164,6 +154,11 @@ class EngineService:
                 self._become(EngineState.DRAINING)
         self._orders.bump()
 
+    def recheck(self) -> None:
+        """After `blocked` has changed: what runs goes on, a start waits for it or is tried at once."""
+        self._orders.bump()
+        self._become(self.state)
+
     # the loop
 
     async def run(self) -> None:
@@ -174,6 +169,11 @@ class EngineService:
                 seen, order = self._orders.version, self._order
                 if order is None:
                     self._become(EngineState.STOPPED)
+                    await self._orders.wait_beyond(seen)
+                    continue
+                if self._blocked():
+                    self._taken = order
+                    self._become(EngineState.FAILED)
                     await self._orders.wait_beyond(seen)
                     continue
                 delay = await self._one_run(order)
@@ -250,10 +250,11 @@ class EngineService:
         self._failures += 1
         delay = self._budget.failed(trio.current_time(), ready_for)
         if not failure.retry:
-            delay = LONGEST_DELAY
+            delay = math.inf  # the same start fails the same way: another assignment or configuration is waited for
         self._health.set("engine_failed", failure.text, failure.remedy)
         self._become(EngineState.FAILED)
-        known = {"error_class": failure.code, "remedy": failure.remedy, "next_start_seconds": delay}
+        next_start = delay if failure.retry else None
+        known = {"error_class": failure.code, "remedy": failure.remedy, "next_start_seconds": next_start}
         tail = f"\n{failure.tail}" if failure.code == "engine_failed" and failure.tail else ""
         log.error("%s%s", failure.text, tail, extra=known)
         return delay

@@ -13,6 +13,7 @@ from xim_agent.hardware import amd
 from xim_agent.hardware.host import read_host
 from xim_agent.hardware.nvidia import read_nvidia
 from xim_agent.hardware.report import Accelerator, Device, Hardware
+from xim_agent.hardware.visible import visible
 
 TOOL_SECONDS = 20  # amd-smi takes 1 to 3 s on eight GPUs; one that hangs must not stop the start
 
@@ -26,20 +27,22 @@ async def probe(
 ) -> Hardware:
     """Never fails for want of a GPU; what a driver or tool said instead is in `notes`. About 50 ms without AMD.
 
-    `env`: environment for AMD's tools, the operator's own when frozen; `root`, `affinity`, `nvml` stand in for the
-    machine in tests. Raises OSError when /proc cannot be read. Cancellation kills a running tool.
+    GPUs that variables of `env` hide from vLLM are left out; AMD's tools run with it too. `root`, `affinity`, `nvml`
+    stand in for the machine in tests. Raises OSError when /proc cannot be read. Cancellation kills a running tool.
     """
     allowed = os.sched_getaffinity(0) if affinity is None else affinity
     host = await trio.to_thread.run_sync(read_host, root, allowed)
     nvidia = await trio.to_thread.run_sync(read_nvidia, nvml)
-    devices, driver, notes = nvidia.devices, nvidia.driver, [nvidia.note]
+    devices, driver, notes = nvidia.devices, nvidia.driver, list(nvidia.notes)
     accelerator: Accelerator = "nvidia" if devices else "cpu"
     if not devices and (root / "sys/class/kfd/kfd/topology").exists():
         devices, driver, note = await _amd(env)
         notes.append(note)
         accelerator = "amd" if devices else "cpu"
+    devices, hidden = visible(devices, accelerator, os.environ if env is None else env)
+    notes.append(hidden)
     return Hardware(
-        accelerator=accelerator,
+        accelerator=accelerator if devices else "cpu",
         devices=devices,
         driver=driver,
         cuda=nvidia.cuda,

@@ -78,17 +78,3 @@ def report(hardware: Hardware, cache_bytes: int) -> dict[str, Any]:
         "shm_bytes": hardware.shm_bytes,
         "tier": hardware.tier,
     }
-
-
-def visible(devices: tuple[Device, ...], selection: str | None) -> tuple[Device, ...]:
-    """What CUDA_VISIBLE_DEVICES leaves, in its order: indices or uuid prefixes, up to the first unknown one."""
-    if selection is None:
-        return devices
-    chosen: list[Device] = []
-    for word in (part.strip() for part in selection.split(",")):
-        by_uuid = word.startswith(("GPU-", "MIG-"))
-        found = [d for d in devices if (d.uuid.startswith(word) if by_uuid else str(d.index) == word)]
-        if not found or found[0] in chosen:
-            break
-        chosen.append(found[0])
-    return tuple(chosen)

@@ -1,109 +1,19 @@
-"""NVIDIA through a stand-in for NVML, AMD through tools that print recorded output."""
+"""AMD through tools that print what real ones print."""
 
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import trio
+from fakes.engine import alive
 
 from xim_agent.hardware import amd
-from xim_agent.hardware.nvidia import read_nvidia
+from xim_agent.hardware import probe as probe_module
 from xim_agent.hardware.probe import probe
 
 GIB = 2**30
-
-
-class Nvml:
-    """Two GPUs, the second cut into two MIG slices. `broken`: the NVML error code that every call gives."""
-
-    NVML_ERROR_LIBRARY_NOT_FOUND = 12
-    NVML_ERROR_DRIVER_NOT_LOADED = 9
-    NVML_DEVICE_MIG_ENABLE = 1
-
-    class NVMLError(Exception):
-        def __init__(self, value: int) -> None:
-            super().__init__(f"code {value}")
-            self.value = value
-
-    def __init__(self, broken: int | None = None, at: str = "nvmlInit") -> None:
-        self.broken = {at: broken} if broken is not None else {}
-        self.open = 0
-
-    def __getattribute__(self, name: str) -> Any:
-        if name.startswith("nvml") and name in object.__getattribute__(self, "broken"):
-            raise Nvml.NVMLError(self.broken[name])
-        return object.__getattribute__(self, name)
-
-    def nvmlInit(self) -> None:
-        self.open += 1
-
-    def nvmlShutdown(self) -> None:
-        self.open -= 1
-
-    def nvmlSystemGetCudaDriverVersion_v2(self) -> int:
-        return 12080
-
-    def nvmlSystemGetDriverVersion(self) -> bytes:
-        return b"570.1"
-
-    def nvmlDeviceGetCount(self) -> int:
-        return 2
-
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> str:
-        return str(index)
-
-    def nvmlDeviceGetName(self, handle: str) -> str:
-        return "H100"
-
-    def nvmlDeviceGetCudaComputeCapability(self, handle: str) -> tuple[int, int]:
-        return 9, 0
-
-    def nvmlDeviceGetUUID(self, handle: str) -> str:
-        return ("MIG-" if "." in handle else "GPU-") + handle
-
-    def nvmlDeviceGetMigMode(self, handle: str) -> tuple[int, int]:
-        if handle == "0":
-            raise Nvml.NVMLError(3)
-        return 1, 1
-
-    def nvmlDeviceGetMaxMigDeviceCount(self, handle: str) -> int:
-        return 7
-
-    def nvmlDeviceGetMigDeviceHandleByIndex(self, handle: str, number: int) -> str:
-        if number > 1:
-            raise Nvml.NVMLError(6)
-        return f"{handle}.{number}"
-
-    def nvmlDeviceGetMemoryInfo(self, handle: str) -> Any:
-        return SimpleNamespace(total=20 * GIB if "." in handle else 80 * GIB, free=19 * GIB)
-
-
-def test_nvidia_with_mig() -> None:
-    nvml = Nvml()
-    found = read_nvidia(nvml)
-    assert [(d.index, d.uuid, d.memory_total_bytes, d.mig) for d in found.devices] == [
-        (0, "GPU-0", 80 * GIB, False),
-        (1, "MIG-1.0", 20 * GIB, True),
-        (1, "MIG-1.1", 20 * GIB, True),
-    ]
-    assert (found.driver, found.cuda, found.devices[0].compute_capability, found.note) == ("570.1", "12.8", "9.0", "")
-    assert nvml.open == 0
-
-
-@pytest.mark.parametrize(("code", "note"), [(12, ""), (9, ""), (18, "NVML: code 18")])
-def test_no_driver_is_silent_and_a_broken_one_is_not(code: int, note: str) -> None:
-    assert read_nvidia(Nvml(code)).note == note
-
-
-def test_gpu_lost_while_looking() -> None:
-    nvml = Nvml(15, "nvmlDeviceGetName")
-    assert (read_nvidia(nvml).note, nvml.open) == ("NVML: code 15", 0)
-
-
-def test_gpu_without_memory_of_its_own() -> None:
-    assert read_nvidia(Nvml(3, "nvmlDeviceGetMemoryInfo")).devices[0].memory_total_bytes == 0
 
 
 STATIC = [
@@ -161,9 +71,9 @@ def tool(machine: Path, name: str, script: str) -> None:
     path.chmod(0o755)
 
 
-async def probe_amd(machine: Path) -> Any:
-    env = {"PATH": f"{machine}/bin:{os.defpath}"}
-    return await probe(root=machine, affinity=[0], nvml=Nvml(12), env=env)
+async def probe_amd(machine: Path, **more: str) -> Any:
+    env = {"PATH": f"{machine}/bin:{os.defpath}", **more}
+    return await probe(root=machine, affinity=[0], env=env)
 
 
 async def test_probe_asks_amd_smi(machine: Path) -> None:
@@ -184,6 +94,68 @@ async def test_probe_falls_back_to_rocm_smi(machine: Path, broken: str | None) -
     assert (device.index, device.name, device.memory_total_bytes) == (1, "Radeon RX 7900 XT", 21458059264)
     assert device.memory_free_bytes == 21458059264 - 27856896
     assert hardware.driver == "6.7"
+
+
+OUTPUTS = Path(__file__).parent / "amd"
+
+
+@pytest.mark.parametrize(
+    ("version", "names", "gib", "free", "uuids", "driver"),
+    [
+        ("6.0", ["0x740f"], [64], [0], ["GPU-a4c9a5b3c0f0b6d1"], "6.3.6"),
+        ("6.3", ["AMD Instinct MI300X"] * 2, [192, 192], [191, 3], ["GPU-b3b8d0e9e1d4af04", "GPU-0f3a2b1c"], "6.10.5"),
+        ("7.0", ["AMD Instinct MI355X"], [288], [287], ["GPU-3c1a77e0b2d94f55"], "6.14.14"),
+    ],
+)
+async def test_amd_smi_of_several_versions(
+    machine: Path, version: str, names: list[str], gib: list[int], free: list[int], uuids: list[str], driver: str
+) -> None:
+    tool(machine, "amd-smi", f'cat "{OUTPUTS}/amd-smi-{version}-$1.txt"')
+    hardware = await probe_amd(machine)
+    assert [d.name for d in hardware.devices] == names
+    assert [round(d.memory_total_bytes / GIB) for d in hardware.devices] == gib
+    assert [int(d.memory_free_bytes / GIB) for d in hardware.devices] == free
+    assert all(d.uuid.startswith(uuid) for d, uuid in zip(hardware.devices, uuids, strict=True))
+    assert (hardware.accelerator, hardware.driver, hardware.notes) == ("amd", driver, ())
+
+
+@pytest.mark.parametrize(("version", "name"), [("5.7", "0x740c"), ("6.2", "AMD Instinct MI210")])
+async def test_rocm_smi_of_several_versions(machine: Path, version: str, name: str) -> None:
+    tool(machine, "rocm-smi", f'cat "{OUTPUTS}/rocm-smi-{version}.txt"')
+    hardware = await probe_amd(machine)
+    assert [(d.index, d.name, d.memory_total_bytes // 10**9) for d in hardware.devices] == [
+        (0, name, 68),
+        (1, name, 68),
+    ]
+    assert hardware.devices[0].uuid.startswith("GPU-")
+    assert hardware.driver
+
+
+@pytest.mark.parametrize("garbage", ["5", "[]", "null", '[{"gpu": "x"}]', "{", "", "ERROR: no permission", '"text"'])
+async def test_garbage_of_both_tools_is_noted(machine: Path, garbage: str) -> None:
+    for name in ("amd-smi", "rocm-smi"):
+        tool(machine, name, f"echo '{garbage}'")
+    hardware = await probe_amd(machine)
+    assert (hardware.accelerator, hardware.devices) == ("cpu", ())
+    assert hardware.notes[0].startswith("an AMD GPU is there, but ")
+
+
+async def test_a_tool_that_hangs_is_ended(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe_module, "TOOL_SECONDS", 0.3)
+    tool(machine, "amd-smi", f"echo $$ > {machine}/pid; exec sleep 60")
+    tool(machine, "rocm-smi", f"echo '{json.dumps(ROCM)}'")
+    with trio.fail_after(10):
+        hardware = await probe_amd(machine)
+    assert [d.name for d in hardware.devices] == ["Radeon RX 7900 XT"]
+    assert not alive(int((machine / "pid").read_text()))
+
+
+async def test_variables_choose_among_amd_gpus(machine: Path) -> None:
+    tool(machine, "amd-smi", f'cat "{OUTPUTS}/amd-smi-6.3-$1.txt"')
+    hardware = await probe_amd(machine, ROCR_VISIBLE_DEVICES="GPU-0f3a2b1c4d5e6f70")
+    assert [d.index for d in hardware.devices] == [1]
+    hardware = await probe_amd(machine, HIP_VISIBLE_DEVICES="1,0")
+    assert [d.index for d in hardware.devices] == [1, 0]
 
 
 async def test_amd_gpu_without_tools_is_noted(machine: Path) -> None:

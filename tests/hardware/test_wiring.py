@@ -1,0 +1,66 @@
+"""The agent itself, as a process, on a machine with a driver's library from a script."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+from fakes.nvml import Machine
+from fakes.stack import free_port, until
+
+from xim_agent.config.fields import Config
+from xim_agent.engine.environment import gpu_environment
+from xim_agent.router.store import Store
+
+
+def test_the_running_agent_tells_of_a_card_in_trouble(nvml: Machine, tmp_path: Path) -> None:
+    nvml.add()
+    nvml.add(recovery=1)
+    nvml.write()
+    port, now = free_port(), time.time()
+    with Store.open(tmp_path / "router") as store:
+        _, key = store.create_join_key(project="p", region="local", uses=1, expires_at=now + 3600, now=now)
+    own = {
+        "JOIN_KEY": key,
+        "ROUTER_URL": f"http://127.0.0.1:{free_port()}",
+        "CONFIG_PATH": str(tmp_path / "state"),
+        "MODEL_CACHE_PATH": str(tmp_path / "cache"),
+        "METRICS_PORT": str(port),
+        "CUDA_VISIBLE_DEVICES": "1",
+    }
+    env = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("XEROTIER")},
+        **{f"XEROTIER_AGENT_{name}": value for name, value in own.items()},
+        "LD_LIBRARY_PATH": str(Path(nvml.library._name).parent),
+        "CUDA_VISIBLE_DEVICES": "",  # the agent's own option is what counts
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    with (tmp_path / "log").open("wb") as log:
+        agent = subprocess.Popen([sys.executable, "-m", "xim_agent", "run"], env=env, stdout=log, stderr=log)
+    try:
+
+        def reasons() -> str:
+            try:
+                return httpx.get(f"http://127.0.0.1:{port}/readyz").text
+            except httpx.TransportError:
+                assert agent.poll() is None, (tmp_path / "log").read_text()
+                return ""
+
+        until("gpu_lost", lambda: "gpu_lost" in reasons(), 30)
+        assert "GPU 1 (NVIDIA A10, GPU-1111-aaaa, PCI 00000000:02:00.0) cannot go on" in reasons()
+        assert "nvidia-smi --gpu-reset -i 00000000:02:00.0" in httpx.get(f"http://127.0.0.1:{port}/status").text
+    finally:
+        agent.send_signal(signal.SIGTERM)
+        assert agent.wait(20) == 0
+
+
+def test_what_hides_gpus_from_vllm() -> None:
+    environ = {"CUDA_VISIBLE_DEVICES": "0", "ROCR_VISIBLE_DEVICES": "1", "LD_LIBRARY_PATH": "/x"}
+    assert gpu_environment(Config(), environ)["CUDA_VISIBLE_DEVICES"] == "0"
+    ours = gpu_environment(Config(cuda_visible_devices="1"), environ)
+    assert "CUDA_VISIBLE_DEVICES" not in ours
+    assert ours["ROCR_VISIBLE_DEVICES"] == "1"
+    assert gpu_environment(Config(vllm_env=("HIP_VISIBLE_DEVICES=2",)), environ)["HIP_VISIBLE_DEVICES"] == "2"
