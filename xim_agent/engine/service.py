@@ -68,6 +68,7 @@ class EngineService:
         changed: Callable[[], None],
     ) -> None:
         self._config, self._guard, self._clock, self._health, self._tell = config, guard, clock, health, changed
+        self._on_cpu = hardware.accelerator == "cpu"
         self._planner = Planner(config, hardware, guard, runtime_dir, compile_cache)
         self.client = EngineClient(config.vllm_salt_secret)
         self.state = EngineState.STOPPED
@@ -158,6 +159,7 @@ class EngineService:
         self._failure = None
         self._health.clear("engine_failed")
         self._budget.reset()
+        self.client.poison.forget()
         if self._interrupt:
             self._interrupt()
             if self.state in (EngineState.STARTING, EngineState.READY):
@@ -185,13 +187,15 @@ class EngineService:
 
     async def _one_run(self, order: _Order) -> float:
         """Returns seconds to wait before the next."""
-        hooks = Hooks(self._on_phase, self._on_ready, self._on_over, self._on_scrape, lambda: self.client.waits.now)
+        hooks = Hooks(self._on_phase, self._on_ready, self._on_over, self._on_scrape)
         run = EngineRun(
             self._guard,
             Probe(self._planner.socket, order.target.assignment.serving.task),
             hooks,
+            self.client,
             stall_seconds=self._config.engine_start_stall_seconds,
             hang_seconds=self._config.engine_hang_seconds,
+            on_cpu=self._on_cpu,
         )
         self._interrupt, self._taken = run.stop, order
         self._starts += 1
@@ -213,6 +217,8 @@ class EngineService:
                     return 0.0
             except AgentError as error:
                 failure = Failure(error.code, error.message, error.hint, retry=False)
+        if ended.ready_for and (poison := self.client.crashed()):
+            log.error("requests that ran at two crashes in a row are refused from now on", extra={"requests": poison})
         return self._failed(failure, ended.ready_for) if self._order else 0.0
 
     async def _start(self, run: EngineRun, plan: Plan) -> Ended:
