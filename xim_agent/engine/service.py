@@ -16,9 +16,10 @@ from xim_agent.engine.failures import Failure, classify
 from xim_agent.engine.guard import Guard, GuardLost
 from xim_agent.engine.planner import NoPlace, Planner
 from xim_agent.engine.probe import Probe
-from xim_agent.engine.process import Ended, EngineRun, Hooks
+from xim_agent.engine.process import KILL_SECONDS, Ended, EngineRun, Hooks
 from xim_agent.engine.scrape import Gauges, Scrape
 from xim_agent.engine.state import LONGEST_DELAY, EngineState, RestartBudget, may_follow
+from xim_agent.engine.statistics import EngineStatistics
 from xim_agent.errors import AgentError
 from xim_agent.hardware.report import Hardware
 from xim_agent.health import Health
@@ -26,21 +27,6 @@ from xim_agent.mesh.messages import Load, Progress
 from xim_agent.watch import Watch
 
 log = logging.getLogger("xim_agent.engine")
-
-
-@dataclass(frozen=True)
-class EngineStatistics:
-    """`seconds_to_ready` of the last start that became ready; `failure` the class of the last failure, until ready."""
-
-    state: str
-    degraded: bool
-    ceiling: int
-    active: int
-    starts: int
-    failures: int
-    failure: str | None
-    seconds_to_ready: float | None
-    load: Load
 
 
 @dataclass(frozen=True)
@@ -182,7 +168,8 @@ class EngineService:
                 with trio.move_on_after(delay):
                     await self._orders.wait_beyond(seen)
         except* GuardLost:
-            self._guard.kill_orphans()
+            with trio.move_on_after(KILL_SECONDS, shield=True):
+                await self._guard.end_orphans(self._planner.notes)
             raise
 
     async def _one_run(self, order: _Order) -> float:
