@@ -16,7 +16,7 @@ PURE = {
     *("outcome", "backoff", "text", "config.fields", "config.config", "config.mask", "hardware.report"),
     *("identity.join_key", "identity.claims", "identity.rotation", "assignment.plan", "cache.manifest", "cache.plan"),
     *("engine.sizing", "engine.command", "engine.state", "engine.failures", "engine.salt"),
-    *("engine.liveness", "engine.poison"),
+    *("engine.liveness", "engine.poison", "hardware.memory"),
     *("work.lease", "work.outbox", "work.capacity", "mesh.messages", "mesh.codec", "metrics.names"),
     *("router.tokens", "router.dispatch"),
 }

@@ -29,6 +29,7 @@ from xim_agent.control.server import ControlServer
 from xim_agent.engine.guard import Guard
 from xim_agent.engine.service import EngineService
 from xim_agent.errors import AgentError, leaves
+from xim_agent.hardware.holders import read_memory
 from xim_agent.hardware.probe import probe
 from xim_agent.hardware.report import Hardware, report
 from xim_agent.health import Health
@@ -203,6 +204,7 @@ def _wire(
         health=health,
         compile_cache=cache.compile_cache_dir,
         changed=changed,
+        gpu_memory=read_memory,
     )
     boot = secrets.token_urlsafe(12)
     link = Link(health=health, unreachable=identity.unreachable)

@@ -13,6 +13,7 @@ from xim_agent.config.fields import Config
 from xim_agent.engine.client import EngineClient
 from xim_agent.engine.command import Plan, shown
 from xim_agent.engine.failures import Failure, classify
+from xim_agent.engine.gate import Gate, ReadMemory, Shut
 from xim_agent.engine.guard import Guard, GuardLost
 from xim_agent.engine.planner import NoPlace, Planner
 from xim_agent.engine.probe import Probe
@@ -39,6 +40,7 @@ class EngineService:
     """One engine at a time. `changed` is called, synchronously, when anything that a poll tells has changed.
 
     `runtime_dir`: 0700, of this agent alone, short. `compile_cache`: vLLM's version → a directory for its caches.
+    `gpu_memory`: blocking, what is free and who holds the rest, by the cards' uuids.
     """
 
     def __init__(
@@ -52,10 +54,12 @@ class EngineService:
         health: Health,
         compile_cache: Callable[[str], Path],
         changed: Callable[[], None],
+        gpu_memory: ReadMemory = lambda _: (),
     ) -> None:
         self._config, self._guard, self._clock, self._health, self._tell = config, guard, clock, health, changed
         self._on_cpu = hardware.accelerator == "cpu"
         self._planner = Planner(config, hardware, guard, runtime_dir, compile_cache)
+        self._gate = Gate(guard, self._planner, gpu_memory)
         self.client = EngineClient(config.vllm_salt_secret)
         self.state = EngineState.STOPPED
         self._orders = Watch()
@@ -71,6 +75,7 @@ class EngineService:
         self._phase = ""
         self._seconds_to_ready: float | None = None
         self._starts = self._failures = 0
+        self._calls = self._placed = 0  # of `switch` and `stop`: how many, and the latest that has come through
 
     # what others look at
 
@@ -123,7 +128,11 @@ class EngineService:
         if target is None:
             await self.stop()
             return
+        self._calls = call = self._calls + 1
         order = _Order(target, await self._planner.plan(target))
+        if self._placed > call:
+            return
+        self._placed = call
         for warning in order.plan.warnings:
             log.warning(warning)
         if self._order and order.plan.same_engine(self._order.plan) and self._failure is None:
@@ -135,6 +144,7 @@ class EngineService:
 
     async def stop(self) -> None:
         """Ends vLLM: SIGTERM to its API server, 10 s, SIGKILL to all. Returns when nothing of it is left."""
+        self._placed = self._calls = self._calls + 1
         self._place(None)
         while self._order is None and self.state is not EngineState.STOPPED:
             await self._changes.wait_beyond(self._changes.version)
@@ -210,11 +220,9 @@ class EngineService:
 
     async def _start(self, run: EngineRun, plan: Plan) -> Ended:
         """The restart gate, then the run."""
-        if left := await self._guard.kill_all():
-            return Ended(None, f"processes {left} of an earlier engine cannot be killed", "", 0.0)
         try:
-            leftovers = await self._planner.clean()
-        except NoPlace as error:
+            leftovers = await self._gate.passed(plan, lambda: run.stopping)
+        except (Shut, NoPlace) as error:
             return Ended(None, error.message, "", 0.0)
         log.info("starting vLLM", extra={"command": shown(plan)})
         try:
