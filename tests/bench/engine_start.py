@@ -83,6 +83,7 @@ async def alone(argv: list[str], env: dict[str, str], place: Path) -> list[Secon
     env |= {"TMPDIR": str(place), "VLLM_RPC_BASE_PATH": str(place)}
     times = []
     for _ in range(2):
+        await trio.Path(sock).unlink(missing_ok=True)  # over a stale socket vLLM does not start
         begin = time.monotonic()
         process = await trio.lowlevel.open_process(argv, env=env, stdout=subprocess.DEVNULL)
         asked = Probe(sock, "generate")
@@ -96,12 +97,17 @@ async def alone(argv: list[str], env: dict[str, str], place: Path) -> list[Secon
     return times
 
 
+def show(name: str, starts: list[Seconds]) -> None:
+    cold, warm = starts
+    print(f"{name:>10}: cold {cold}, warm {warm}, ratio {cold.wall / warm.wall:.2f} ({cold.cpu / warm.cpu:.2f})")
+
+
 async def run(guard: Guard, vllm: str, model: Path, place: Path, env: tuple[str, ...]) -> bool:
     ours, *started = await through_the_agent(guard, place, vllm, model, env)
+    show("agent", ours)
     with tempfile.TemporaryDirectory(prefix="xim") as other:
         theirs = await alone(*started, Path(other))
-    for name, (cold, warm) in {"agent": ours, "vLLM alone": theirs}.items():
-        print(f"{name:>10}: cold {cold}, warm {warm}, ratio {cold.wall / warm.wall:.2f} ({cold.cpu / warm.cpu:.2f})")
+    show("vLLM alone", theirs)
     more = [f"{a.wall / b.wall:.2f} ({a.cpu / b.cpu:.2f})" for a, b in zip(ours, theirs, strict=True)]
     print(f"agent / vLLM alone: cold {more[0]}, warm {more[1]}")
     return ours[0].wall / ours[1].wall >= 1.5 and ours[0].wall / theirs[0].wall <= 1.1

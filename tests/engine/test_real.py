@@ -108,7 +108,7 @@ async def test_a_real_hang_is_cured_a_full_queue_is_not_and_a_dead_worker_leaves
     assert (service.load().waiting or 0) >= 8
 
     tree = [p.pid for p in descendants(guard.pid)]
-    os.kill(process_named(guard, "EngineCore"), signal.SIGSTOP)
+    os.kill(process_named(guard, "VLLM::EngineCore"), signal.SIGSTOP)
     stopped = trio.current_time()
     await until(lambda: not service.ready, 75)
     print(f"EngineCore under SIGSTOP: given up after {trio.current_time() - stopped:.1f} s")
@@ -122,7 +122,7 @@ async def test_a_real_hang_is_cured_a_full_queue_is_not_and_a_dead_worker_leaves
     await until(lambda: "psm_" in (runtime / "leftovers.json").read_text())
     noted = json.loads((runtime / "leftovers.json").read_text())["shm"]
     tree = [p.pid for p in descendants(guard.pid)]
-    os.kill(process_named(guard, "VllmWorker"), signal.SIGKILL)
+    os.kill(process_named(guard, "VLLM::Worker"), signal.SIGKILL)
     killed = trio.current_time()
     await until(lambda: not service.ready, 30)
     print(f"worker killed: seen after {trio.current_time() - killed:.1f} s")
