@@ -148,7 +148,7 @@ class World:
         patch.setattr(module, "Planner", lambda *_: ScriptedPlanner())
         patch.setattr(gate, "needed_memory", lambda _: {})
         patch.setattr(module, "Probe", lambda *_: None)
-        patch.setattr(module, "shown", str)
+        patch.setattr(gate, "shown", str)
         self.service = service = Watched(
             config=Config(), hardware=CPU_HOST, guard=Guard(), runtime_dir=Path("/nowhere"), clock=SystemClock(),
             health=self.health, compile_cache=lambda _: Path("/nowhere"), changed=lambda: None,
@@ -188,7 +188,8 @@ async def life(service: EngineService, world: World, steps: list[tuple[str, floa
             await trio.sleep(pause)
         await trio.sleep(LONGEST_DELAY + 30)
         assert service.ceiling == (4 if wanted else 0)
-        assert [run.argv[0] for run in world.live] == ([wanted] if wanted else []), "what was last asked for is tried"
+        if world.live or service.statistics().failure != "corrupt_weights":  # it need not be tried again
+            assert [run.argv[0] for run in world.live] == ([wanted] if wanted else []), "what was last asked for"
         with trio.fail_after(5):
             await service.stop()
         assert not world.live

@@ -5,10 +5,11 @@ from collections.abc import Callable, Collection, Sequence
 
 import trio
 
-from xim_agent.engine.command import Plan
+from xim_agent.engine.command import Plan, shown
 from xim_agent.engine.guard import Guard
 from xim_agent.engine.leftovers import Leftovers
-from xim_agent.engine.planner import Planner
+from xim_agent.engine.planner import NoPlace, Planner
+from xim_agent.engine.process import Ended, EngineRun
 from xim_agent.errors import AgentError
 from xim_agent.hardware.memory import CardMemory, shortage
 
@@ -35,11 +36,23 @@ class Gate:
     def __init__(self, guard: Guard, planner: Planner, memory: ReadMemory) -> None:
         self._guard, self._planner, self._memory = guard, planner, memory
 
-    async def passed(self, plan: Plan, stopping: Callable[[], bool]) -> Leftovers:
+    async def run(self, run: EngineRun, plan: Plan) -> Ended:
+        """Through the gate, then `run` to its end. Raises GuardLost, and AgentError as `Planner.own_runtime` does."""
+        try:
+            leftovers = await self._passed(plan, lambda: run.stopping)
+        except (Shut, NoPlace) as error:
+            return Ended(None, error.message, "", 0.0)
+        log.info("starting vLLM", extra={"command": shown(plan)})
+        place = self._planner
+        try:
+            return await run.run(plan.argv, place.environment(plan), str(place.runtime), leftovers)
+        except OSError as error:
+            return Ended(None, f"{plan.argv[0]} cannot be executed: {error}", "", 0.0)
+
+    async def _passed(self, plan: Plan, stopping: Callable[[], bool]) -> Leftovers:
         """Kills what still lives of an earlier engine, sweeps what it left, waits until the GPUs have its memory back.
 
-        Returns what is to be swept after the next; soon, once `stopping`. Raises Shut, and what `Planner.clean` raises.
-        A cancelled call may be repeated.
+        Returns what is to be swept after the next; soon, once `stopping`.
         """
         if left := await self._guard.kill_all():
             raise Shut(f"processes {left} of an earlier engine cannot be killed")

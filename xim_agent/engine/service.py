@@ -11,13 +11,13 @@ from xim_agent.assignment.plan import EngineTarget
 from xim_agent.clock import Clock
 from xim_agent.config.fields import Config
 from xim_agent.engine.client import EngineClient
-from xim_agent.engine.command import Plan, shown
+from xim_agent.engine.command import Plan
 from xim_agent.engine.failures import Failure, classify
-from xim_agent.engine.gate import Gate, ReadMemory, Shut
+from xim_agent.engine.gate import Gate, ReadMemory
 from xim_agent.engine.guard import Guard, GuardLost
-from xim_agent.engine.planner import NoPlace, Planner
+from xim_agent.engine.planner import Planner
 from xim_agent.engine.probe import Probe
-from xim_agent.engine.process import KILL_SECONDS, Ended, EngineRun, Hooks
+from xim_agent.engine.process import KILL_SECONDS, EngineRun, Hooks
 from xim_agent.engine.scrape import Gauges, Scrape
 from xim_agent.engine.state import LONGEST_DELAY, EngineState, RestartBudget, may_follow
 from xim_agent.engine.statistics import EngineStatistics
@@ -200,7 +200,7 @@ class EngineService:
         self._phase = "starting vLLM"
         self._become(EngineState.STARTING)
         try:
-            ended = await self._start(run, order.plan)
+            ended = await self._gate.run(run, order.plan)
         finally:
             self._interrupt = None
         if run.stopping:
@@ -217,18 +217,6 @@ class EngineService:
         if ended.ready_for and (poison := self.client.crashed()):
             log.error("requests that ran at two crashes in a row are refused from now on", extra={"requests": poison})
         return self._failed(failure, ended.ready_for) if self._order else 0.0
-
-    async def _start(self, run: EngineRun, plan: Plan) -> Ended:
-        """The restart gate, then the run."""
-        try:
-            leftovers = await self._gate.passed(plan, lambda: run.stopping)
-        except (Shut, NoPlace) as error:
-            return Ended(None, error.message, "", 0.0)
-        log.info("starting vLLM", extra={"command": shown(plan)})
-        try:
-            return await run.run(plan.argv, self._planner.environment(plan), str(self._planner.runtime), leftovers)
-        except OSError as error:
-            return Ended(None, f"{plan.argv[0]} cannot be executed: {error}", "", 0.0)
 
     async def _plan_again(self, order: _Order) -> bool:
         """True when there is a better plan than that of `order`: vLLM did not know a flag of it."""
