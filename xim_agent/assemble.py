@@ -239,8 +239,7 @@ def _wire(
             listeners=(cache.watch,), drain_seconds=config.drain_timeout_seconds,
         ),
     )  # fmt: skip
-    made = _with_control(made, config)
-    return made if config.disable_metrics_server else _with_metrics(made, config, clock, router)
+    return _with_metrics(_with_control(made, config), config, clock, router)
 
 
 class Changed:
@@ -261,6 +260,8 @@ class Process:
 
 
 def _with_metrics(made: Agent, config: Config, clock: Clock, router: RouterClient) -> Agent:
+    if config.disable_metrics_server:
+        return made
     process = Process(__version__, PROTOCOL, clock.now())
     statistics: dict[str, Callable[[], Any]] = {
         "identity": made.identity.statistics,

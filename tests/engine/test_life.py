@@ -26,6 +26,7 @@ from xim_agent.health import Health
 FLAG = "vllm: error: unrecognized arguments: --x"
 # What a run does next, as long as it lasts. The first two end it by themselves.
 HAPPENS = ("crash", "unknown flag", "corrupt weights", "ready", "nothing")
+LASTING = {"corrupt_weights", "engine_flag_unknown"}  # the same start fails the same way: it need not be tried again
 ASKED = ("switch to a", "switch to b", "switch to what cannot be", "no target", "stop")
 
 
@@ -188,7 +189,7 @@ async def life(service: EngineService, world: World, steps: list[tuple[str, floa
             await trio.sleep(pause)
         await trio.sleep(LONGEST_DELAY + 30)
         assert service.ceiling == (4 if wanted else 0)
-        if world.live or service.statistics().failure != "corrupt_weights":  # it need not be tried again
+        if world.live or service.statistics().failure not in LASTING:
             assert [run.argv[0] for run in world.live] == ([wanted] if wanted else []), "what was last asked for"
         with trio.fail_after(5):
             await service.stop()
