@@ -404,6 +404,7 @@ def fork_core() -> int:
             resource.setrlimit(resource.RLIMIT_AS, (1 << 28, 1 << 28))
             while True:
                 kept.append(mmap.mmap(-1, 1 << 24))
+                kept[-1].write(b"x" * (1 << 24))
 
 
 def load() -> None:
