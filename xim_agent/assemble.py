@@ -30,6 +30,7 @@ from xim_agent.engine.environment import gpu_environment
 from xim_agent.engine.guard import Guard
 from xim_agent.engine.service import EngineService
 from xim_agent.errors import AgentError, leaves
+from xim_agent.hardware.holders import read_memory
 from xim_agent.hardware.probe import probe
 from xim_agent.hardware.report import Hardware, report
 from xim_agent.hardware.watch import watch_for
@@ -208,6 +209,7 @@ def _wire(
         compile_cache=cache.compile_cache_dir,
         changed=changed,
         blocked=lambda: cards.in_trouble,
+        gpu_memory=read_memory,
     )
     cards.changed = engine.recheck
     boot = secrets.token_urlsafe(12)
@@ -243,8 +245,7 @@ def _wire(
             listeners=(cache.watch, cards.run), drain_seconds=config.drain_timeout_seconds,
         ),
     )  # fmt: skip
-    made = _with_control(made, config)
-    return made if config.disable_metrics_server else _with_metrics(made, config, clock, router)
+    return _with_metrics(_with_control(made, config), config, clock, router)
 
 
 @dataclass(frozen=True)
@@ -255,6 +256,8 @@ class Process:
 
 
 def _with_metrics(made: Agent, config: Config, clock: Clock, router: RouterClient) -> Agent:
+    if config.disable_metrics_server:
+        return made
     process = Process(__version__, PROTOCOL, clock.now())
     statistics: dict[str, Callable[[], Any]] = {
         "identity": made.identity.statistics,

@@ -304,3 +304,26 @@ def test_kill_9_of_the_agent_leaves_nothing(stack: Stack, victim: str, when: str
     assert not [path for path in shared if path.exists()]
     stack.agent.wait(5)
     stack.agent = None
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("ending", ["second signal", "guard killed"])
+def test_other_ends_of_the_agent_leave_nothing(ready: Stack, ending: str) -> None:
+    assert ready.agent is not None
+    family = ready.agent.family()
+    shared = shared_memory(family)
+    stream = Stream(ready, max_tokens=8000)
+    if ending == "second signal":
+        ready.agent.popen.send_signal(signal.SIGTERM)
+        until("it drains", lambda: ready.agent is not None and "draining" in ready.agent.text, 5)
+        threading.Event().wait(1.5)  # two within a second are taken for one of a terminal
+        ready.agent.popen.send_signal(signal.SIGTERM)
+    else:
+        next(p for p in family if p.name() == "xim-guard").kill()
+    until(f"nothing is left of {family}", lambda: not alive(family), 10)
+    stream.join(90)  # by the router, when the lease has run out
+    assert stream.result is None
+    assert not ready.socket.exists()
+    assert not [path for path in shared if path.exists()]
+    assert (ready.agent.wait(5) == 0) == (ending == "second signal")
+    ready.agent = None

@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,9 @@ from xim_agent.health import Health
 START_SECONDS = 240  # of a loaded machine with two cores; alone it takes 20
 
 
-@pytest.mark.engine
-async def test_real_vllm_serves_dies_and_leaves_nothing(
-    guard: Guard, runtime: Path, toy_model: Path, vllm_launcher: str, nursery: trio.Nursery, error_logs: list[Any]
-) -> None:
-    service = EngineService(
+@pytest.fixture
+def service(guard: Guard, runtime: Path, vllm_launcher: str) -> EngineService:
+    return EngineService(
         config=Config(
             vllm_path=vllm_launcher,
             vllm_args=("--enforce-eager",),
@@ -50,10 +49,20 @@ async def test_real_vllm_serves_dies_and_leaves_nothing(
         compile_cache=lambda version: runtime / version,
         changed=lambda: None,
     )
-    nursery.start_soon(service.run)
-    await service.switch(EngineTarget(assignment(), toy_model))
+
+
+async def ready(service: EngineService) -> None:
     with trio.fail_after(START_SECONDS):
         await service.wait_ready()
+
+
+@pytest.mark.engine
+async def test_real_vllm_serves_dies_and_leaves_nothing(
+    service: EngineService, guard: Guard, runtime: Path, toy_model: Path, nursery: trio.Nursery, error_logs: list[Any]
+) -> None:
+    nursery.start_soon(service.run)
+    await service.switch(EngineTarget(assignment(), toy_model))
+    await ready(service)
     assert service.ceiling == 8
     await reported_numbers(service, toy_model, runtime)
     await no_media_is_fetched(service)
@@ -80,6 +89,63 @@ async def test_real_vllm_serves_dies_and_leaves_nothing(
     assert descendants(guard.pid) == []
     assert not set(noted) & shm()
     assert not (runtime / "engine.sock").exists()
+
+
+def process_named(guard: Guard, name: str) -> int:
+    """Pid of EngineCore or worker, as vLLM calls them."""
+    found = [p.pid for p in descendants(guard.pid) if name in Path(f"/proc/{p.pid}/cmdline").read_text()]
+    assert len(found) == 1, name
+    return found[0]
+
+
+async def asked_for_ever(service: EngineService, number: int) -> None:
+    """One long request after the other; ends with the engine."""
+    with suppress(EngineLost):
+        while True:
+            text = f"The router {number}"
+            await completion(service, {"model": "m", "prompt": text, "max_tokens": 4000, "ignore_eos": True})
+
+
+@pytest.mark.engine
+@pytest.mark.full
+async def test_a_real_hang_is_cured_a_full_queue_is_not_and_a_dead_worker_leaves_nothing(
+    service: EngineService, guard: Guard, runtime: Path, toy_model: Path, nursery: trio.Nursery, error_logs: list[Any]
+) -> None:
+    nursery.start_soon(service.run)
+    await service.switch(EngineTarget(assignment(), toy_model))
+    await ready(service)
+    for number in range(24):  # three for each place that it has
+        nursery.start_soon(asked_for_ever, service, number)
+    await until(lambda: (service.load().waiting or 0) >= 8)
+    with trio.move_on_after(75):  # longer than a hang may last
+        await until(lambda: not service.ready, 100)
+    assert service.ready, [record.getMessage() for record in error_logs]
+    assert (service.load().waiting or 0) >= 8
+
+    tree = [p.pid for p in descendants(guard.pid)]
+    os.kill(process_named(guard, "VLLM::EngineCore"), signal.SIGSTOP)
+    stopped = trio.current_time()
+    await until(lambda: not service.ready, 75)
+    print(f"EngineCore under SIGSTOP: given up after {trio.current_time() - stopped:.1f} s")
+    await ready(service)
+    print(f"EngineCore under SIGSTOP: ready again after {trio.current_time() - stopped:.1f} s")
+    assert "made no step" in error_logs[0].getMessage()
+    assert not any(map(alive, tree))
+    body = {"model": "m", "prompt": "The router", "max_tokens": 8}
+    assert b"text_completion" in await completion(service, body)
+
+    await until(lambda: "psm_" in (runtime / "leftovers.json").read_text())
+    noted = json.loads((runtime / "leftovers.json").read_text())["shm"]
+    tree = [p.pid for p in descendants(guard.pid)]
+    os.kill(process_named(guard, "VLLM::Worker"), signal.SIGKILL)
+    killed = trio.current_time()
+    await until(lambda: not service.ready, 30)
+    print(f"worker killed: seen after {trio.current_time() - killed:.1f} s")
+    await until(lambda: not any(map(alive, tree)), 10)
+    await until(lambda: not set(noted) & shm(), 1)
+    await ready(service)
+    await service.stop()
+    assert descendants(guard.pid) == []
 
 
 async def completion(service: EngineService, body: dict[str, Any]) -> bytes:

@@ -3,6 +3,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import trio
 from fakes.engine import Bench, alive, shm, until
 
-from xim_agent.engine import planner, process, state
+from xim_agent.engine import planner, state
 from xim_agent.engine.client import EngineLost, connect
 from xim_agent.engine.service import EngineService
 from xim_agent.engine.state import EngineState
@@ -196,37 +197,6 @@ async def killed_in_a_stream_by_hang(service: EngineService, bench: Bench) -> No
             await chat(service, max_tokens=1000, fake={"delay": 0.01})
 
 
-async def test_an_idle_hang_is_found_by_the_canary(
-    bench: Bench, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch, error_logs: list[Any]
-) -> None:
-    monkeypatch.setattr(process, "CANARY_SECONDS", 0.5)
-    monkeypatch.setattr(state, "FIRST_DELAY", 0.05)
-    bench.settings["engine_hang_seconds"] = 1.0
-    service = bench.service()
-    await begin(service, nursery, bench)
-    await ready(service)
-    bench.say("hang")
-    await until(lambda: bool(error_logs))
-    bench.say("")
-    await ready(service)
-    assert len(bench.starts) == 2
-    await service.stop()
-
-
-async def test_a_saturated_engine_is_left_alone(bench: Bench, nursery: trio.Nursery) -> None:
-    bench.settings["engine_hang_seconds"] = 1.0
-    service = bench.service()
-    await begin(service, nursery, bench)
-    await ready(service)
-    bench.say("saturated")
-    with trio.move_on_after(4) as waited:
-        await chat(service, max_tokens=10, fake={"first_delay": 0.5})
-    assert waited.cancelled_caught, "no token came"
-    assert service.ready
-    assert len(bench.starts) == 1
-    await service.stop()
-
-
 async def test_health_that_says_no_is_death(
     bench: Bench, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch, error_logs: list[Any]
 ) -> None:
@@ -352,24 +322,74 @@ async def test_two_agents_never_share_a_runtime_directory(
     assert running.ready
 
 
-def changed(look: Callable[[], bytes]) -> Callable[[], bool]:
-    before = look()
-    return lambda: look() is not before
+def saying(prompt: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": prompt}], "max_tokens": 2}
 
 
-async def test_a_reader_that_pauses_is_no_hang(bench: Bench, nursery: trio.Nursery) -> None:
-    bench.settings["engine_hang_seconds"] = 1.0
+async def crash_with(service: EngineService, nursery: trio.Nursery, bench: Bench, *prompts: str) -> None:
+    """The engine dies while it works on these requests, and is ready again."""
+    starts = len(bench.starts)
+    lost: list[str] = []
+
+    async def ask(prompt: str) -> None:
+        with pytest.raises(EngineLost):
+            await chat(service, **saying(prompt))
+        lost.append(prompt)
+
+    bench.say("hang")
+    await trio.sleep(0.2)  # the fake looks every 50 ms
+    for prompt in prompts:
+        nursery.start_soon(ask, prompt)
+    await until(lambda: service.client.active == len(prompts))
+    os.kill(bench.starts[-1], signal.SIGKILL)
+    bench.say("")
+    await until(lambda: len(bench.starts) == starts + 1 and len(lost) == len(prompts))
+    await ready(service)
+
+
+async def test_a_request_that_ran_at_two_crashes_in_a_row_is_refused(
+    bench: Bench, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch, error_logs: list[Any]
+) -> None:
+    monkeypatch.setattr(state, "FIRST_DELAY", 0.05)
     service = bench.service()
     await begin(service, nursery, bench)
     await ready(service)
-    body = json.dumps({"model": "m", "prompt": "hi", "stream": True, "max_tokens": 5}).encode()
-    async with service.client.open("/v1/completions", {"content-type": "application/json"}, body) as reply:
-        chunks = reply.chunks()
-        first = await anext(chunks)
-        assert service.client.active == 1
-        for _ in range(3):  # looks at the engine, a second apart
-            await until(changed(service.metrics_text))
-        whole = first + b"".join([chunk async for chunk in chunks])
-    assert whole.endswith(b"data: [DONE]\n\n")
-    assert len(bench.starts) == 1
+    await crash_with(service, nursery, bench, "poison", "other", "answered")
+    assert (await chat(service, **saying("answered"))).endswith(b"[DONE]\n\n")
+    await crash_with(service, nursery, bench, "poison", "third", "answered")
+    with pytest.raises(AgentError) as refused:
+        await chat(service, **saying("poison"))
+    assert refused.value.code == "poison_request"
+    for prompt in ("other", "third", "answered"):
+        assert (await chat(service, **saying(prompt))).endswith(b"[DONE]\n\n")
+    await service.switch(bench.target(max_model_len=1024))
+    await ready(service)
+    assert (await chat(service, **saying("poison"))).endswith(b"[DONE]\n\n"), "another engine may bear it"
+    await service.stop()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_what_the_core_broke_off_counts_as_running_at_the_crash(
+    bench: Bench, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch, error_logs: list[Any], stream: bool
+) -> None:
+    """vLLM's API server ends its answers in order before it goes down with its core."""
+    monkeypatch.setattr(state, "FIRST_DELAY", 0.05)
+    service = bench.service()
+    await begin(service, nursery, bench)
+    body = json.dumps({"model": "m", "prompt": "hi", "stream": stream, "fake": {"error_after": 1}}).encode()
+    for start in (1, 2):
+        await ready(service)
+        with suppress(AgentError):
+            async with service.client.open("/v1/completions", {}, body) as reply:
+                answer = b"".join([chunk async for chunk in reply.chunks()])
+                assert b"EngineCore encountered" in answer
+                if stream:  # as work/request.py finds it
+                    raise AgentError("engine_lost", "the engine broke off")
+        assert service.client.active == 0
+        os.kill(bench.starts[-1], signal.SIGKILL)
+        await until(lambda seen=start: len(bench.starts) > seen)  # type: ignore[misc]
+    await ready(service)
+    with pytest.raises(AgentError) as refused:
+        await service.client.open("/v1/completions", {}, body).__aenter__()
+    assert refused.value.code == "poison_request"
     await service.stop()

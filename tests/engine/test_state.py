@@ -4,7 +4,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xim_agent.engine.liveness import Liveness, Sign
 from xim_agent.engine.output import LINE_BYTES, TAIL_BYTES, Lines, Tail, level_of, phase_of
 from xim_agent.engine.state import LONGEST_DELAY, MOST_FAILURES, WINDOW, EngineState, RestartBudget, may_follow
 
@@ -43,32 +42,6 @@ def test_budget_never_loops_hot_and_never_waits_longer_than_the_cap(runs: list[t
         at.append(now)
         recent = [t for t in at if now - t < WINDOW]
         assert budget.degraded(now) == (len(recent) >= MOST_FAILURES)
-
-
-def looks(liveness: Liveness, *signs: tuple[float, float | None, int]) -> list[bool]:
-    return [liveness.hung(Sign(*sign)) for sign in signs]
-
-
-def test_standing_still_with_requests_is_a_hang_only_after_the_limit() -> None:
-    assert looks(Liveness(60.0), (0, 5.0, 1), (1, 5.0, 1), (60, 5.0, 1), (61, 5.0, 1)) == [False, False, False, True]
-
-
-@pytest.mark.parametrize(
-    "signs",
-    [
-        [(t, float(t), 64) for t in range(0, 600, 5)],  # saturated but moving
-        [(t, 5.0, 0) for t in range(0, 600, 5)],  # idle
-        [(t, float(t // 50), 1) for t in range(0, 600, 5)],  # a long prefill: one step in 50 s
-        [(t, None if t % 50 else float(t), 1) for t in range(0, 600, 5)],  # metrics come late, under load
-    ],
-    ids=["saturated", "idle", "prefill", "late"],
-)
-def test_no_false_alarm(signs: list[tuple[float, float | None, int]]) -> None:
-    assert not any(looks(Liveness(60.0), *signs))
-
-
-def test_a_hang_shows_even_when_the_metrics_hang_too() -> None:
-    assert looks(Liveness(60.0), (0, 5.0, 1), (5, None, 1), (70, None, 1)) == [False, False, True]
 
 
 def test_level_and_phase_of_what_vllm_writes() -> None:

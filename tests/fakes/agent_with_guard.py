@@ -41,8 +41,8 @@ async def serve(guard: Guard, runtime: Path, *, lose_guard: bool) -> None:
         try:
             await child.wait()
         except GuardLost:
-            guard.kill_orphans()
-            await until(lambda: not descendants(os.getpid()))
+            await guard.end_orphans(str(notes))
+            assert not descendants(os.getpid())
             (runtime / "orphans ended").touch()
     await trio.sleep_forever()
 

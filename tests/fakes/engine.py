@@ -14,6 +14,7 @@ import trio
 from xim_agent.assignment.plan import EngineTarget
 from xim_agent.clock import SystemClock
 from xim_agent.config.fields import Config
+from xim_agent.engine.gate import ReadMemory
 from xim_agent.engine.guard import Guard
 from xim_agent.engine.service import EngineService
 from xim_agent.engine.tree import process
@@ -78,6 +79,8 @@ class Bench:
     settings: dict[str, Any] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
     blocked: Callable[[], bool] = lambda: False
+    hardware: Hardware = CPU_HOST
+    gpu_memory: ReadMemory = lambda _: ()
 
     def service(self) -> EngineService:
         known = {"FAKE_VLLM_CONTROL": str(self.runtime / "control"), "FAKE_VLLM_COUNT": str(self.runtime / "starts")}
@@ -86,7 +89,7 @@ class Bench:
         config = replace(Config(vllm_path=str(FAKE), vllm_env=pairs, drain_timeout_seconds=5), **self.settings)
         return EngineService(
             config=config,
-            hardware=CPU_HOST,
+            hardware=self.hardware,
             guard=self.guard,
             runtime_dir=self.runtime,
             clock=SystemClock(),
@@ -94,6 +97,7 @@ class Bench:
             compile_cache=lambda version: self.runtime / "caches",
             changed=lambda: None,
             blocked=self.blocked,
+            gpu_memory=self.gpu_memory,
         )
 
     def target(self, **serving: Any) -> EngineTarget:

@@ -12,14 +12,19 @@ Environment (given to it by the agent's VLLM_ENV, or the operator's environment)
   FAKE_VLLM_EXIT_FIRST      n: only the first n starts exit as FAKE_VLLM_EXIT says (needs FAKE_VLLM_COUNT)
   FAKE_VLLM_LACKS           flags that this version does not know: neither in its help nor accepted
   FAKE_VLLM_CHATTER         bytes written to stdout and to stderr at start, each
-  FAKE_VLLM_CORE            1: forks an "EngineCore" with its own session that ignores SIGTERM and never ends by itself
+  FAKE_VLLM_CORE            1: forks an "EngineCore" with its own session that ignores SIGTERM and never ends by itself.
+                            While it is stopped (SIGSTOP) the engine hangs; when it is gone the server exits with 1
+  FAKE_VLLM_WORKER          1: the EngineCore forks a "worker" alike; when that is gone, it exits with 1
+  FAKE_VLLM_LATE            seconds that the words `late_health` and `late_metrics` delay these answers by (6)
   FAKE_VLLM_SHM             1: makes and maps /dev/shm/psm_<random> in the EngineCore (else in itself), never removed
   FAKE_VLLM_NEVER_HEALTHY   1: /health answers 503
   FAKE_VLLM_PROMPT_FAILS    status that the generate paths answer with (readiness fails although /health is 200)
   FAKE_VLLM_TOKENS, FAKE_VLLM_DELAY   tokens of an answer when the request says nothing (16), seconds between two (0)
-  FAKE_VLLM_CONTROL         file of words, read before every token and every second: `hang` (health 200, counters and
-                            tokens stand still), `saturated` (counters move, tokens do not), `sick` (health 503),
-                            `die` (exits with 9)
+  FAKE_VLLM_CONTROL         file of words, read before every token and every 50 ms: `hang` (health 200, counters and
+                            tokens stand still), `saturated` (counters move, tokens do not), `prefill` (of what the
+                            core tells only the use of its KV cache moves), `compute` (nothing moves, the core uses its
+                            CPU), `late_health`, `late_metrics`, `sick` (health 503), `die` (exits with 9), `oom` (the
+                            last of core and worker allocates against its RLIMIT_AS until the kernel refuses)
 Request fields: `max_tokens`, and `fake`: {"delay": s, "first_delay": s, "error_after": n (what vLLM sends when it loses
 its engine: an error event, then [DONE], then a clean end), "cut_after": n (socket closed), "die_after": n (exits)}.
 """
@@ -31,6 +36,7 @@ import json
 import mmap
 import os
 import re
+import resource
 import select
 import signal
 import socket
@@ -79,6 +85,22 @@ def said() -> str:
     return path.read_text() if path.exists() else ""
 
 
+CORE = 0
+
+
+def told() -> frozenset[str]:
+    with contextlib.suppress(OSError, KeyError):
+        return frozenset(Path(ENV["FAKE_VLLM_CONTROL"]).read_text().split())
+    return frozenset()
+
+
+def process_state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return "X"
+
+
 class Engine:
     """What EngineCore would know: the counters behind /metrics, and the switch that makes it stand still."""
 
@@ -87,6 +109,8 @@ class Engine:
         self.running = self.steps = self.generated = self.prompted = self.aborted = self.finished = 0
         self.draining = False
         self.words: frozenset[str] = frozenset()
+        self.prefilled = 0
+        self.reported = 0  # running requests, as the core last told
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
@@ -95,21 +119,35 @@ class Engine:
             time.sleep(0.05)
             if "saturated" in self.words:
                 self.steps += 1
+            if "prefill" in self.words:
+                self.prefilled += 1
+            if not self.words & {"hang", "compute"}:
+                self.reported = self.running
 
     def look(self) -> None:
-        with contextlib.suppress(OSError, KeyError):
-            self.words = frozenset(Path(ENV["FAKE_VLLM_CONTROL"]).read_text().split())
-        if "die" in self.words:
+        words = told()
+        if CORE:
+            state = process_state(CORE)
+            if state in "ZX":
+                print("ERROR 01-01 00:00:00 [core_client.py:1] Engine core proc died", file=sys.stderr, flush=True)
+                os._exit(1)
+            if state == "T":
+                words |= {"hang"}
+        self.words = words
+        if "die" in words:
             os._exit(9)
+
+    def standing(self) -> bool:
+        return bool(self.words & {"hang", "saturated", "prefill", "compute"})
 
     def metrics(self, model: str) -> str:
         label = f'{{engine="0",model_name="{model}"}}'
         return (
             "# HELP vllm:num_requests_running Number of requests in model execution batches.\n"
             "# TYPE vllm:num_requests_running gauge\n"
-            f"vllm:num_requests_running{label} {float(self.running)}\n"
+            f"vllm:num_requests_running{label} {float(self.reported)}\n"
             f"vllm:num_requests_waiting{label} 0.0\n"
-            f"vllm:kv_cache_usage_perc{label} {min(1.0, self.running / 64)}\n"
+            f"vllm:kv_cache_usage_perc{label} {min(1.0, (self.reported + self.prefilled / 100) / 64)}\n"
             f"vllm:prompt_tokens_total{label} {float(self.prompted)}\n"
             f"vllm:generation_tokens_total{label} {float(self.generated)}\n"
             f"vllm:iteration_tokens_total_count{label} {float(self.steps)}\n"
@@ -146,6 +184,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.json(status, {"error": {"message": text, "type": "BadRequestError", "param": None, "code": status}})
 
     def do_GET(self) -> None:
+        if f"late_{self.path[1:]}" in self.engine.words:
+            time.sleep(float(ENV.get("FAKE_VLLM_LATE", 6)))
         if self.path == "/health":
             sick = ENV.get("FAKE_VLLM_NEVER_HEALTHY") == "1" or "sick" in self.engine.words
             self.reply(503 if sick else 200, b"")
@@ -193,7 +233,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def pause(self, seconds: float) -> None:
         """Waits at least so long, and as long as the engine hangs; raises BrokenPipeError when the client goes away."""
         until = time.monotonic() + seconds
-        while time.monotonic() < until or self.engine.words & {"hang", "saturated"}:
+        while time.monotonic() < until or self.engine.standing():
             if self.gone():
                 raise BrokenPipeError
             time.sleep(min(0.01, max(0.0, until - time.monotonic()) + 0.001))
@@ -340,15 +380,31 @@ def make_shm() -> mmap.mmap:
     return mapped
 
 
-def fork_core() -> None:
-    if os.fork():
-        return
+def fork_core() -> int:
+    """A process with its own session, deaf to SIGTERM; returns its pid."""
+    if pid := os.fork():
+        return pid
     os.setsid()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    kept = make_shm() if ENV.get("FAKE_VLLM_SHM") == "1" else None
-    while kept is None or kept:
-        time.sleep(3600)
+    worker = 0
+    if ENV.pop("FAKE_VLLM_WORKER", "") == "1":
+        worker = fork_core()
+    kept = [make_shm()] if ENV.get("FAKE_VLLM_SHM") == "1" else []
+    while True:
+        words = told()
+        time.sleep(0.0 if "compute" in words else 0.05)
+        if worker and process_state(worker) in "ZX":
+            os._exit(1)
+        if worker:
+            continue
+        while "compute" in words and time.monotonic() % 0.1 > 0.001:
+            pass
+        if "oom" in words:
+            resource.setrlimit(resource.RLIMIT_AS, (1 << 28, 1 << 28))
+            while True:
+                kept.append(mmap.mmap(-1, 1 << 24))
+                kept[-1].write(b"x" * (1 << 24))
 
 
 def load() -> None:
@@ -369,7 +425,7 @@ def load() -> None:
     if (status := ENV.get("FAKE_VLLM_EXIT")) and starts <= int(ENV.get("FAKE_VLLM_EXIT_FIRST", 1_000_000)):
         sys.exit(int(status))
     if ENV.get("FAKE_VLLM_CORE") == "1":
-        fork_core()
+        globals()["CORE"] = fork_core()
     elif ENV.get("FAKE_VLLM_SHM") == "1":
         globals()["_shm"] = make_shm()
     until = time.monotonic() + float(ENV.get("FAKE_VLLM_START_SECONDS", 0))

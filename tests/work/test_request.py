@@ -79,6 +79,11 @@ async def test_the_engine_dies_before_and_after_data(
     assert router.streams[lease].data == b"one"
 
 
+async def test_a_poison_request_is_refused_and_tried_nowhere_else(bench: Any, router: Any, autojump_clock: Any) -> None:
+    bench.engine.script = [AgentError("poison_request", "it crashed the engine twice")]
+    assert await router.ended(router.offer()) == Error("invalid_request", "it crashed the engine twice", False)
+
+
 async def test_a_stream_that_ends_cleanly_with_an_error_event_is_cut(
     bench: Any, router: Any, autojump_clock: Any
 ) -> None:

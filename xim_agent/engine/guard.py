@@ -163,9 +163,12 @@ class Guard:
         left: list[int] = (await self._call("kill_all"))["left"]
         return left
 
-    def kill_orphans(self) -> None:
-        """After GuardLost: ends what the guard has left to us."""
-        send((p.pid for p in descendants(os.getpid())), signal.SIGKILL)
+    async def end_orphans(self, notes: str) -> None:
+        """After GuardLost: ends what the guard has left to us, and sweeps what `notes` says is theirs."""
+        while orphans := descendants(os.getpid()):
+            send((p.pid for p in orphans), signal.SIGKILL)
+            await trio.sleep(0.02)
+        Leftovers.load(notes).sweep()
 
     def close(self) -> None:
         """Ends the guard and waits for it, at most 10 s (it first ends whatever still runs). Call after `trio.run`."""

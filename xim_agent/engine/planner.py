@@ -101,7 +101,7 @@ class Planner:
         log.info("asking vLLM for the flags it knows")
         command = [str(program), "serve", "--help=all"]
         try:
-            text = await output_of(self._guard, command, self.environment(made), Leftovers(self._notes))
+            text = await output_of(self._guard, command, self.environment(made), Leftovers(self.notes))
         except OSError:  # the next start meets it too, and tells
             return False
         flags = known_flags(text)
@@ -114,7 +114,8 @@ class Planner:
         return child_environment(os.environ, made.env, getattr(sys, "_MEIPASS", None))
 
     @property
-    def _notes(self) -> str:
+    def notes(self) -> str:
+        """Where it is noted what an engine leaves behind."""
         return str(self.runtime / "leftovers.json")
 
     async def clean(self) -> Leftovers:
@@ -127,9 +128,9 @@ class Planner:
             self._scratch.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise NoPlace(self.runtime, error) from error
-        if gone := Leftovers.load(self._notes).sweep():
+        if gone := Leftovers.load(self.notes).sweep():
             log.info("swept what an earlier engine left", extra={"paths": gone})
-        left = Leftovers(self._notes, [self.socket], [str(self._scratch)])
+        left = Leftovers(self.notes, [self.socket], [str(self._scratch)])
         left.sweep()
         return left
 

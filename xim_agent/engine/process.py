@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import trio
 
 from xim_agent.engine import scrape, tree
+from xim_agent.engine.client import EngineClient
 from xim_agent.engine.guard import Child, Guard
 from xim_agent.engine.leftovers import Leftovers
 from xim_agent.engine.liveness import Liveness, Sign
@@ -36,22 +37,35 @@ class Ended:
 
 @dataclass(frozen=True)
 class Hooks:
-    """What a run tells while it lasts; synchronous. `waiting`: requests of ours that wait for the engine now."""
+    """What a run tells while it lasts; synchronous."""
 
     phase: Callable[[str], None]
     ready: Callable[[], None]
     over: Callable[[], None]
     scraped: Callable[[str, Scrape], None]
-    waiting: Callable[[], int]
 
 
 class EngineRun:
-    """Made for one run. `stop` may be called at any time, from any task."""
+    """Made for one run. `stop` may be called at any time, from any task. `client`: whose requests prove life.
 
-    def __init__(self, guard: Guard, probe: Probe, hooks: Hooks, *, stall_seconds: float, hang_seconds: float) -> None:
+    `on_cpu`: the CPU is where it computes.
+    """
+
+    def __init__(
+        self,
+        guard: Guard,
+        probe: Probe,
+        hooks: Hooks,
+        client: EngineClient,
+        *,
+        stall_seconds: float,
+        hang_seconds: float,
+        on_cpu: bool,
+    ) -> None:
         self._guard = guard
         self._probe = probe
         self._hooks = hooks
+        self._client = client
         self._stall_seconds = stall_seconds
         self._liveness = Liveness(hang_seconds)
         self._stop = trio.Event()
@@ -60,7 +74,8 @@ class EngineRun:
         self._tail = Tail()
         self._written = 0
         self._ready_at: float | None = None
-        self._canaries = 0
+        self._canaries = self._canaries_back = 0
+        self._on_cpu = on_cpu
 
     @property
     def stopping(self) -> bool:
@@ -81,7 +96,7 @@ class EngineRun:
                 nursery.start_soon(self._relay, child.stderr, True, relays[1])
                 nursery.start_soon(self._obey_stop, child)
                 nursery.start_soon(self._watch_start, child)
-                nursery.start_soon(self._serve)
+                nursery.start_soon(self._serve, child)
                 with self._over:
                     status = await child.wait()
                 self._hooks.over()
@@ -143,7 +158,7 @@ class EngineRun:
                 return
             await trio.sleep(look)
 
-    async def _serve(self) -> None:
+    async def _serve(self, child: Child) -> None:
         while True:
             if await self._probe.health() is Answer.OK:
                 break
@@ -159,7 +174,7 @@ class EngineRun:
         self._tail.clear()  # the start's own complaints explain no later end
         self._hooks.ready()
         async with trio.open_nursery() as canaries:
-            await self._stay_alive(canaries)
+            await self._stay_alive(child, canaries)
 
     async def _look_at_metrics(self) -> Scrape | None:
         text = await self._probe.metrics()
@@ -169,39 +184,61 @@ class EngineRun:
         self._hooks.scraped(text, found)
         return found
 
-    async def _stay_alive(self, canaries: trio.Nursery) -> None:
+    async def _stay_alive(self, child: Child, canaries: trio.Nursery) -> None:
         """Looks every second: refused connections mean death, time-outs mean load, standing still means a hang."""
-        refused, requests, moved_at, steps = 0, 0, trio.current_time(), None
+        refused, seen = 0, Scrape()
+        proof: object = None
+        core = tree.Usage(child.pid)
         while True:
             await trio.sleep(1.0)
-            answer = await self._probe.health()
+            answer, found = await self._look()
             if answer is Answer.FAILED:
                 self._fail("vLLM says that its engine core has died")
             refused = refused + 1 if answer is Answer.NONE else 0
             if refused >= REFUSALS:
                 self._fail("vLLM accepts no connections any more")
-            found = await self._look_at_metrics()
-            now = trio.current_time()
-            if found is not None:
-                requests = found.requests
-                if found.steps != steps:
-                    steps, moved_at = found.steps, now
-                if found.steps is None:  # a version without the counter: nothing can be said
-                    continue
-            busy = max(requests, self._hooks.waiting(), self._canaries)
-            if self._liveness.hung(Sign(now, found.steps if found else None, busy)):
-                self._fail(f"vLLM has made no step for {self._liveness.still_for(now):.0f} s with {busy} requests")
-            if not busy and now - moved_at >= CANARY_SECONDS:
-                moved_at = now
+            seen = found or seen
+            if seen.core is None:  # a version without the counter: nothing can be said
+                continue
+            before, proof = proof, (seen.core, self._client.streamed, self._canaries_back)
+            busy = max(seen.requests, self._client.waits.now, self._canaries)
+            computing = False
+            if self._on_cpu and busy and proof == before:
+                share = await trio.to_thread.run_sync(core.share, trio.current_time())
+                computing = share > BUSY_SHARE
+            if self._liveness.hung(Sign(trio.current_time(), proof, busy, computing)):
+                still = self._liveness.still
+                self._fail(f"vLLM has made no step for {still:.0f} s with {busy} requests")
+            if not busy and self._liveness.still >= min(CANARY_SECONDS, self._liveness.limit / 2):
+                self._canaries += 1
+                self._liveness.asked()
                 canaries.start_soon(self._canary)
 
+    async def _look(self) -> tuple[Answer, Scrape | None]:
+        """Both at once, so that two time-outs make one look no longer."""
+        answer, found = Answer.SLOW, None
+
+        async def health() -> None:
+            nonlocal answer
+            answer = await self._probe.health()
+
+        async def metrics() -> None:
+            nonlocal found
+            found = await self._look_at_metrics()
+
+        async with trio.open_nursery() as both:
+            both.start_soon(health)
+            both.start_soon(metrics)
+        return answer, found
+
     async def _canary(self) -> None:
-        """After a quiet time: one token, which must make the counter move as any request must."""
-        self._canaries += 1
+        """After a quiet time: one token. Until it comes the engine counts as busy: it comes, or that is a hang."""
         try:
             await self._probe.one_token()
+            self._canaries_back += 1
         except ProbeFailed as error:
             log.warning("canary failed", extra={"error": error.message})
+            await trio.sleep(CANARY_SECONDS)
         finally:
             self._canaries -= 1
 

@@ -33,6 +33,17 @@ class Scrape:
     def requests(self) -> int:
         return int((self.running or 0) + (self.waiting or 0))
 
+    @property
+    def core(self) -> tuple[float | None, ...] | None:
+        """What only vLLM's engine core changes; None when this version tells too little to see a hang by it.
+
+        The step counter alone is not enough: it stands still through the chunks of a long prefill (vLLM 0.32 counts
+        only steps that bring tokens), while the share of the KV cache in use grows with each.
+        """
+        if self.steps is None:
+            return None
+        return self.steps, self.generated, self.kv_usage, self.running, self.waiting
+
     def load(self, before: "Scrape | None", seconds: float) -> Load:
         rate = None
         if before and before.generated is not None and self.generated is not None and seconds > 0:

@@ -12,12 +12,13 @@ from xim_agent.assignment.plan import EngineTarget
 from xim_agent.clock import Clock
 from xim_agent.config.fields import Config
 from xim_agent.engine.client import EngineClient
-from xim_agent.engine.command import Plan, shown
+from xim_agent.engine.command import Plan
 from xim_agent.engine.failures import Failure, classify
+from xim_agent.engine.gate import Gate, ReadMemory
 from xim_agent.engine.guard import Guard, GuardLost
-from xim_agent.engine.planner import NoPlace, Planner
+from xim_agent.engine.planner import Planner
 from xim_agent.engine.probe import Probe
-from xim_agent.engine.process import Ended, EngineRun, Hooks
+from xim_agent.engine.process import KILL_SECONDS, EngineRun, Hooks
 from xim_agent.engine.scrape import Gauges, Scrape
 from xim_agent.engine.state import EngineState, RestartBudget, may_follow
 from xim_agent.engine.statistics import EngineStatistics
@@ -41,6 +42,7 @@ class EngineService:
 
     `runtime_dir`: 0700, of this agent alone, short. `compile_cache`: vLLM's version → a directory for its caches.
     `blocked`: true while a GPU of it is in trouble; call `recheck` when that changes.
+    `gpu_memory`: blocking, what is free and who holds the rest, by the cards' uuids.
     """
 
     def __init__(
@@ -55,10 +57,12 @@ class EngineService:
         compile_cache: Callable[[str], Path],
         changed: Callable[[], None],
         blocked: Callable[[], bool] = lambda: False,
+        gpu_memory: ReadMemory = lambda _: (),
     ) -> None:
         self._config, self._guard, self._clock, self._health, self._tell = config, guard, clock, health, changed
-        self._blocked = blocked
+        self._blocked, self._on_cpu = blocked, hardware.accelerator == "cpu"
         self._planner = Planner(config, hardware, guard, runtime_dir, compile_cache)
+        self._gate = Gate(guard, self._planner, gpu_memory)
         self.client = EngineClient(config.vllm_salt_secret)
         self.state = EngineState.STOPPED
         self._orders = Watch()
@@ -74,6 +78,7 @@ class EngineService:
         self._phase = ""
         self._seconds_to_ready: float | None = None
         self._starts = self._failures = 0
+        self._calls = self._placed = 0  # of `switch` and `stop`: how many, and the latest that has come through
 
     # what others look at
 
@@ -126,7 +131,11 @@ class EngineService:
         if target is None:
             await self.stop()
             return
+        self._calls = call = self._calls + 1
         order = _Order(target, await self._planner.plan(target))
+        if self._placed > call:
+            return
+        self._placed = call
         for warning in order.plan.warnings:
             log.warning(warning)
         if self._order and order.plan.same_engine(self._order.plan) and self._failure is None:
@@ -138,6 +147,7 @@ class EngineService:
 
     async def stop(self) -> None:
         """Ends vLLM: SIGTERM to its API server, 10 s, SIGKILL to all. Returns when nothing of it is left."""
+        self._placed = self._calls = self._calls + 1
         self._place(None)
         while self._order is None and self.state is not EngineState.STOPPED:
             await self._changes.wait_beyond(self._changes.version)
@@ -148,6 +158,7 @@ class EngineService:
         self._failure = None
         self._health.clear("engine_failed")
         self._budget.reset()
+        self.client.poison.forget()
         if self._interrupt:
             self._interrupt()
             if self.state in (EngineState.STARTING, EngineState.READY):
@@ -180,18 +191,21 @@ class EngineService:
                 with trio.move_on_after(delay):
                     await self._orders.wait_beyond(seen)
         except* GuardLost:
-            self._guard.kill_orphans()
+            with trio.move_on_after(KILL_SECONDS, shield=True):
+                await self._guard.end_orphans(self._planner.notes)
             raise
 
     async def _one_run(self, order: _Order) -> float:
         """Returns seconds to wait before the next."""
-        hooks = Hooks(self._on_phase, self._on_ready, self._on_over, self._on_scrape, lambda: self.client.waits.now)
+        hooks = Hooks(self._on_phase, self._on_ready, self._on_over, self._on_scrape)
         run = EngineRun(
             self._guard,
             Probe(self._planner.socket, order.target.assignment.serving.task),
             hooks,
+            self.client,
             stall_seconds=self._config.engine_start_stall_seconds,
             hang_seconds=self._config.engine_hang_seconds,
+            on_cpu=self._on_cpu,
         )
         self._interrupt, self._taken = run.stop, order
         self._starts += 1
@@ -199,7 +213,7 @@ class EngineService:
         self._phase = "starting vLLM"
         self._become(EngineState.STARTING)
         try:
-            ended = await self._start(run, order.plan)
+            ended = await self._gate.run(run, order.plan)
         finally:
             self._interrupt = None
         if run.stopping:
@@ -213,21 +227,9 @@ class EngineService:
                     return 0.0
             except AgentError as error:
                 failure = Failure(error.code, error.message, error.hint, retry=False)
+        if ended.ready_for and (poison := self.client.crashed()):
+            log.error("requests that ran at two crashes in a row are refused from now on", extra={"requests": poison})
         return self._failed(failure, ended.ready_for) if self._order else 0.0
-
-    async def _start(self, run: EngineRun, plan: Plan) -> Ended:
-        """The restart gate, then the run."""
-        if left := await self._guard.kill_all():
-            return Ended(None, f"processes {left} of an earlier engine cannot be killed", "", 0.0)
-        try:
-            leftovers = await self._planner.clean()
-        except NoPlace as error:
-            return Ended(None, error.message, "", 0.0)
-        log.info("starting vLLM", extra={"command": shown(plan)})
-        try:
-            return await run.run(plan.argv, self._planner.environment(plan), str(self._planner.runtime), leftovers)
-        except OSError as error:
-            return Ended(None, f"{plan.argv[0]} cannot be executed: {error}", "", 0.0)
 
     async def _plan_again(self, order: _Order) -> bool:
         """True when there is a better plan than that of `order`: vLLM did not know a flag of it."""

@@ -1,12 +1,19 @@
 """The engine's life, and when to start it again.
 
-STOPPED ──> STARTING ──> READY ──> DRAINING ──> STOPPED
-   ^           │  │        │           │
-   │           │  └────────┼──> DRAINING (stopped while it starts)
-   │           v           v           v
-   └──────── FAILED <── crash, hang ── (its end was not clean: counts as stopped)
-               │
-               └──> STARTING    after the budget's delay
+                     stopped while it starts
+                   ┌───────────────────────────┐
+                   │                           v
+  STOPPED ───> STARTING ─────> READY ─────> DRAINING ───> STOPPED
+     │          │     ^          │
+     │ a GPU    │     │ after    │ it has ended by itself,
+     │ is in    │     │ the      │ hangs, or is said to
+     │ trouble  v     │ delay    v have died
+     └───────> FAILED ┴──────────┘
+                 │
+                 └──────> STOPPED   nothing is wanted any more
+
+A change of model or options goes through DRAINING and STOPPED, from FAILED straight to STARTING. How a drained engine
+ends makes no difference.
 """
 
 from dataclasses import dataclass, field
@@ -26,7 +33,7 @@ _NEXT = {
     EngineState.STARTING: {EngineState.READY, EngineState.DRAINING, EngineState.FAILED},
     EngineState.READY: {EngineState.DRAINING, EngineState.FAILED},
     EngineState.DRAINING: {EngineState.STOPPED},
-    EngineState.FAILED: {EngineState.STARTING, EngineState.STOPPED, EngineState.FAILED},
+    EngineState.FAILED: {EngineState.STARTING, EngineState.STOPPED},
 }
 
 

@@ -54,6 +54,20 @@ def cpu_seconds(root: int) -> float:
     return sum(p.cpu_seconds for p in descendants(root)) + (own.cpu_seconds if own else 0.0)
 
 
+class Usage:
+    """CPU use of what is below `root`, without itself: of vLLM's API server, the engine core and its workers."""
+
+    def __init__(self, root: int) -> None:
+        self._root = root
+        self._then: tuple[float, float] | None = None
+
+    def share(self, now: float) -> float:
+        """Cores used since the last call, `now` in seconds of a monotonic clock; 0 at the first. Blocking, some ms."""
+        used = sum(p.cpu_seconds for p in descendants(self._root))
+        then, self._then = self._then, (now, used)
+        return (used - then[1]) / (now - then[0]) if then and now > then[0] else 0.0
+
+
 def send(pids: Iterable[int], signum: signal.Signals) -> None:
     for pid in pids:
         with suppress(ProcessLookupError, PermissionError):

@@ -18,6 +18,8 @@ from xim_agent.work.tail import Tail
 
 log = logging.getLogger("xim_agent.work")
 
+_CODES: dict[str, ErrorCode] = {"engine_lost": "engine_lost", "poison_request": "invalid_request"}
+
 
 class EngineReply(Protocol):
     """`headers`: lower-case names. `chunks` raises an AgentError with code `engine_lost` when the engine is gone."""
@@ -33,7 +35,10 @@ class EngineClient(Protocol):
     def open(
         self, path: str, headers: Mapping[str, str], body: bytes, *, tenant: str = ""
     ) -> AbstractAsyncContextManager[EngineReply]:
-        """Leaving the context, by cancellation too, closes the connection, which aborts the request at vLLM."""
+        """Leaving the context, by cancellation too, closes the connection, which aborts the request at vLLM.
+
+        Raises AgentError: `engine_lost`, and `poison_request` for one that no engine is to see again.
+        """
         ...
 
 
@@ -57,9 +62,10 @@ async def serve(lease: Lease, out: Outgoing, engine: Engine, bodies: Bodies) -> 
         if ending is None:
             ending = _cut_short(out)
     except AgentError as error:
-        code: ErrorCode = "engine_lost" if error.code == "engine_lost" else "internal"
+        code = _CODES.get(error.code, "internal")
         log.warning("request failed", extra={"request": lease.request, "code": error.code, "reason": error.message})
-        ending = Error(code, error.message[:2000], retryable=out.untouched)
+        # A request that brings an engine down is not to be tried on the next one.
+        ending = Error(code, error.message[:2000], retryable=out.untouched and code != "invalid_request")
     except Exception as error:
         log.exception("request failed by a bug", extra={"request": lease.request})
         ending = Error("internal", f"internal error: {type(error).__name__}", retryable=out.untouched)
@@ -92,8 +98,8 @@ async def _relay(lease: Lease, out: Outgoing, engine: Engine, bodies: Bodies) ->
                 if tail is not None:
                     tail.add(chunk)
                 await out.write(chunk)
-    if tail is not None and (message := tail.error()) is not None:
-        return Error("engine_lost", f"the engine broke off: {message}", retryable=out.untouched)
+        if tail is not None and (message := tail.error()) is not None:
+            raise AgentError("engine_lost", f"the engine broke off: {message}")
     if not engine.ready:
         return Error("engine_lost", "the engine stopped during the request", retryable=out.untouched)
     return out.ending("complete")
