@@ -296,7 +296,7 @@ def fresh(root: Path, books: dict[str, Book], scene: Scene) -> Bench:
 def checked(bench: Bench, scene: Scene, known: Seen, what: str) -> None:
     try:
         recover(bench, scene.model, known)
-    except BaseException as error:
+    except (Exception, BaseExceptionGroup) as error:
         raise AssertionError(what) from error
 
 

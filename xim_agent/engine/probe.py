@@ -47,6 +47,9 @@ class Probe:
         self._http = connect(socket)
         self._task = task
 
+    async def aclose(self) -> None:
+        await self._http.aclose()
+
     async def health(self) -> Answer:
         with trio.move_on_after(LOOK_SECONDS):
             try:

@@ -111,6 +111,7 @@ class EngineRun:
                 await self._guard.kill_all()
             with trio.move_on_after(1.0, shield=True):
                 await child.aclose()
+                await self._probe.aclose()
         return Ended(status, self._why, self._tail.text(), ready_for)
 
     def _fail(self, why: str) -> None:
