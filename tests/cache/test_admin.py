@@ -364,3 +364,46 @@ def test_a_model_is_found_by_name_id_and_digest() -> None:
     with pytest.raises(AgentError, match="no model"):
         names.one("a" * 11)
     assert names.last_used() == "b" * 64
+
+
+async def test_a_damaged_manifest_is_told_by_the_next_verification(
+    open_cache: Open, models: dict[str, ModelRef], tmp_path: Path
+) -> None:
+    async with open_cache() as cache:
+        await cache.ensure(models["tiny@r1"], ignore)
+    (path,) = (tmp_path / "cache/manifests").iterdir()
+    path.write_bytes(path.read_bytes()[:-1] + b" ")
+    async with open_cache():
+        pass  # whatever opens the cache first finds it
+    async with open_cache() as cache:
+        commands = Commands(cache, agent=True)
+        found = await commands.verify(None, ignore)
+        assert [(d["what"], d["name"]) for d in found["damaged"]] == [("manifest", path.stem)]
+        assert found["unchecked"] == ["tiny@r1"]
+        assert not (await commands.verify(None, ignore))["damaged"]
+        await cache.ensure(models["tiny@r1"], ignore)
+        assert not (await commands.verify(None, ignore))["unchecked"]
+
+
+async def test_the_last_use_is_when_it_was_last_in_use(open_cache: Open, models: dict[str, ModelRef]) -> None:
+    class Hours:
+        def __init__(self, hours: float) -> None:
+            self.hours = hours
+
+        def now(self) -> float:
+            return 1e9 + 3600 * self.hours
+
+    def used(cache: Cache, name: str) -> float:
+        return (cache.store.index.entries()[models[name].manifest[7:]].used - 1e9) / 3600
+
+    clock = Hours(0)
+    async with open_cache(clock=clock) as cache:
+        for name in ("tiny@r1", "other@r1"):
+            await cache.ensure(models[name], ignore)
+            cache.pin(models[name])
+        clock.hours = 5
+        cache.unpin(models["tiny@r1"])
+        assert (used(cache, "tiny@r1"), used(cache, "other@r1")) == (5, 0)
+        clock.hours = 9  # the other one is in use until the end
+    async with open_cache(clock=clock) as cache:
+        assert (used(cache, "tiny@r1"), used(cache, "other@r1")) == (5, 9)

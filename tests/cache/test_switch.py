@@ -68,7 +68,7 @@ async def test_cases(
         cache.pin(old)
         server.asked.clear()
         engine = Engine(cache, old, path, server)
-        peak = 0
+        peak, hits = 0, cache.statistics().hit_bytes
 
         async def watch(digest: str) -> None:
             nonlocal peak
@@ -82,6 +82,7 @@ async def test_cases(
         assert path.exists() == (not drained)
         assert max(peak, disk_usage(cache.store.root)) <= cache.max_bytes
         statistics = cache.statistics()
+        assert statistics.hit_bytes == hits, "what was fetched just now is no hit"
         assert statistics.bytes_used == disk_usage(cache.store.root)
         assert (next(m for m in statistics.models if m.name == "two").stored > 0) == kept
 

@@ -108,3 +108,19 @@ def test_a_file_that_changes_while_it_is_published_is_noticed(data: Path, tmp_pa
         publish(source, "three", None, data, progress=change)
     assert (e.value.code, e.value.exit_code) == ("model_changed", 77)
     assert {p for p in stored(data) if p.endswith(".json")} == before
+
+
+def test_the_routers_own_directory_is_never_published(tmp_path: Path) -> None:
+    source = model(tmp_path / "m", 1)
+    (tmp_path / "link").symlink_to(source)
+    for data in (source / "router", source, tmp_path / "link/router"):
+        with pytest.raises(AgentError, match="private keys") as e:
+            publish(source, "m", None, data)
+        assert e.value.exit_code == 2
+
+
+@pytest.mark.parametrize("config", ['{"architectures": 5}', "[" * 100_000, "{", '{"architectures": ["XModel"]}'])
+def test_a_strange_config_does_not_stop_it(tmp_path: Path, config: str) -> None:
+    source = model(tmp_path / "m", 1)
+    (source / "config.json").write_text(config)
+    assert router(tmp_path / "d", "model", "publish", str(source), "--name", "m").exit_code == 0

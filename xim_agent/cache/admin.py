@@ -138,7 +138,7 @@ class Commands:
         for key in keys:
             model = left.models.get(key)
             empty = key not in left.partials and not (model and (model.chunks or model.ready))
-            if empty and key in self._cache.store.known:
+            if empty:
                 self._cache.store.forget(key)
 
 

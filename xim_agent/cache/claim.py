@@ -13,6 +13,7 @@ from xim_agent.errors import AgentError, Exit
 
 FORMAT = "1"
 LOCK = "lock"
+MARK = "FORMAT"
 SILENT_SECONDS = 2.0  # within these a holder has said what it is, unless it is an older agent
 COMMAND = "command"  # what holds the lock for a moment is a command of an operator, not an agent
 

@@ -1,6 +1,5 @@
 """From chunks at the router or in the store to verified files: a pipeline over several chunks, bounded in memory."""
 
-import errno
 import functools
 import logging
 from collections.abc import Awaitable, Callable, Iterable
@@ -9,6 +8,7 @@ from typing import Any, Literal, TypeVar
 
 import trio
 
+from xim_agent import files
 from xim_agent.backoff import Backoff
 from xim_agent.cache import codec, tree
 from xim_agent.cache.manifest import ManifestRefused
@@ -78,6 +78,7 @@ class Fetch:
         self._memory = Memory()
         self._buffers = Buffers()
         self._threads = trio.CapacityLimiter(WORKERS)
+        self._counted: set[str] = set()
         self._hashing = [trio.Lock() for _ in self.manifest.files]
         self._hashers = [partial.new_hasher() for _ in self.manifest.files]
         self._hashed = [0 for _ in self.manifest.files]
@@ -114,16 +115,18 @@ class Fetch:
                 places.setdefault(chunk.blob, []).append((i, j))
         stored = self.manifest.blobs()
         jobs = [Job(blob, stored[blob], tuple(where)) for blob, where in places.items()]
-        here = sum(n for b, n in stored.items() if b not in places)
-        self.counters.hit_bytes += here
-        self.meter = Meter("fetch", here, sum(stored.values()))
+        here = [b for b in stored if b not in places]
+        for blob in here:
+            self._hit(blob, stored[blob])
+        self.meter = Meter("fetch", sum(stored[b] for b in here), sum(stored.values()))
         return jobs
 
     # -- one job -------------------------------------------------------------------------------------------------
 
     async def _store_only(self, job: Job) -> None:
         if await self._thread(self.store.has_blob, job.blob):
-            self._hit(job)
+            self._hit(job.blob, job.stored)
+            self._arrived(job.stored)
         else:
             with self._buffers.lent(job.stored) as received:
                 data = await self._fetched(job, received)
@@ -132,7 +135,8 @@ class Fetch:
     async def _expand(self, job: Job, keep: bool, eaten: frozenset[str]) -> None:
         stored = await self._thread(self._stored, job)
         if stored is not None:
-            self._hit(job)
+            self._hit(job.blob, job.stored)
+            self._arrived(job.stored)
             await self._thread(self._write, job, stored, job.blob in eaten)
         else:
             with self._buffers.lent(job.stored) as received:
@@ -143,9 +147,11 @@ class Fetch:
         for i in {i for i, _ in job.places}:
             await self._advance(i)
 
-    def _hit(self, job: Job) -> None:
-        self.counters.hit_bytes += job.stored
-        self._arrived(job.stored)
+    def _hit(self, blob: str, size: int) -> None:
+        """Once for each blob, and for none that was fetched in this operation."""
+        if blob not in self._counted:
+            self._counted.add(blob)
+            self.counters.hit_bytes += size
 
     def _arrived(self, amount: int) -> None:
         self.meter.done += amount
@@ -172,6 +178,7 @@ class Fetch:
                 why = str(e)
             else:
                 if await self._thread(codec.verified, data, job.blob):
+                    self._counted.add(job.blob)
                     return data
                 self._arrived(-len(data))
                 why = "they have another digest"
@@ -250,7 +257,7 @@ class Fetch:
             try:
                 return await trio.to_thread.run_sync(call, *args, limiter=self._threads)
             except OSError as e:
-                if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+                if not files.is_full(e):
                     raise AgentError("cache_io", f"model cache: {e}", hint=tree.CURE, exit_code=Exit.STATE) from e
             await self.room()
 

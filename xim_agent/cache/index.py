@@ -80,12 +80,12 @@ class Index:
         )
 
     def touch(self, manifest: str, used: float) -> None:
+        """On the disk with the next other change, or with `save`."""
         self._db.execute("UPDATE models SET used=? WHERE manifest=?", (used, manifest))
-        self._save()
 
     def remove(self, manifest: str) -> None:
         self._db.execute("DELETE FROM models WHERE manifest=?", (manifest,))
-        self._save()
+        self.save()
 
     def adopt(self, known: AbstractSet[str], found: Iterable[Entry]) -> None:
         """Adds what was found; all but `known` go. A full disk only puts the writing off: no reason not to start."""
@@ -96,6 +96,10 @@ class Index:
         self._db.executemany("DELETE FROM models WHERE manifest=?", [(other,) for other in others])
         if self.entries() == before:
             return
+        self.save()
+
+    def save(self) -> None:
+        """Puts it off on a full disk: what removes something must not fail for want of room."""
         try:
             self._save()
         except OSError as e:

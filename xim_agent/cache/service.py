@@ -109,6 +109,12 @@ class Cache:
             await trio.sleep(_AGAIN)
 
     async def __aexit__(self, *_: object) -> None:
+        for digest in self._pinned:
+            self.store.index.touch(digest, self.clock.now())
+        try:
+            self.store.index.save()
+        except (OSError, tree.Foreign) as e:
+            log.warning("the last uses are lost", extra={"error": str(e)})
         self.store.close()
         self._store = None
 
@@ -159,8 +165,11 @@ class Cache:
         self._pinned.add(manifest_digest(model.manifest))
 
     def unpin(self, model: ModelRef) -> None:
-        self._pinned.discard(manifest_digest(model.manifest))
+        digest = manifest_digest(model.manifest)
+        self._pinned.discard(digest)
         self.health.clear(DAMAGED)
+        if self._store is not None:
+            self._store.index.touch(digest, self.clock.now())
 
     def compile_cache_dir(self, vllm_version: str) -> Path:
         """Where this vLLM keeps what it compiled; counted in the bound, that of other versions goes first.

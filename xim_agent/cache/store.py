@@ -4,7 +4,7 @@ import logging
 import os
 import re
 import stat
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -20,6 +20,7 @@ from xim_agent.cache.sweep import FOLDERS, sweep
 
 log = logging.getLogger("xim_agent.cache")
 
+DAMAGED_MANIFEST = "manifest-"  # in the quarantine, for `cache verify`
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -63,7 +64,7 @@ class Store:
             opened.callback(os.close, home)
             lock = claim.lock(root / "lock")
             opened.callback(os.close, lock)
-            claim.check_format(root / "FORMAT")
+            claim.check_format(root / claim.MARK)
             store = cls(root, home, lock, Index(root / "index.sqlite"))
             opened.callback(store.index.close)
             store._adopt()
@@ -132,9 +133,11 @@ class Store:
         try:
             data = tree.read(path, MAX_MANIFEST)
         except (tree.Foreign, IsADirectoryError):
-            data = b""
-        if data is not None and sha256(data).hexdigest() != digest:
             tree.remove(path)
+            return None
+        if data is not None and sha256(data).hexdigest() != digest:
+            log.warning("stored manifest is damaged, it is fetched again when needed", extra={"manifest": digest})
+            tree.rename(path, self.root / "quarantine" / f"{DAMAGED_MANIFEST}{digest}")
             return None
         return data
 
@@ -284,7 +287,10 @@ class Store:
         """Manifests, index, lock and the directories themselves."""
         own = [self.root, *(self.root / f for f in FOLDERS if f != "manifests")]
         own += _directories(self.root / "blobs") + _directories(self.root / "ready")
-        total = sum(d.lstat().st_blocks * 512 for d in own) + files.disk_bytes(self.root / "manifests")
+        total = files.disk_bytes(self.root / "manifests")
+        for directory in own:
+            with suppress(FileNotFoundError):  # an operator was faster
+                total += directory.lstat().st_blocks * 512
         return total + sum(files.disk_bytes(p) for p in self.root.iterdir() if p.name not in FOLDERS)
 
 

@@ -15,13 +15,14 @@ from xim_agent.cache import codec, tree
 from xim_agent.cache.listing import Names, held
 from xim_agent.cache.manifest import CHUNK, File, Manifest
 from xim_agent.cache.service import DAMAGED, Cache
+from xim_agent.cache.store import DAMAGED_MANIFEST
 
 log = logging.getLogger("xim_agent.cache")
 
 
 @dataclass(frozen=True)
 class Damage:
-    """`what`: chunk or file; `name`: its digest or path; `models`: MODEL@REV of who has it; `done`: what was done."""
+    """`what`: chunk, file or manifest; `name`: its digest or path; `models`: MODEL@REV of who has it; `done` about it."""
 
     what: str
     name: str
@@ -66,6 +67,8 @@ class _Run:
         blobs |= {b for m in models.values() for b in m.chunks}
         ready = [d for d, m in models.items() if m.ready]
         self.total = sum(inventory.blobs.get(b, 0) for b in blobs) + sum(self.names[d].size for d in ready)
+        if wanted is None:
+            await self._manifests()
         for blob in sorted(blobs):
             await self._chunk(blob)
         for digest in ready:
@@ -80,6 +83,14 @@ class _Run:
         self.result.bytes += amount
         self.total = max(self.total, self.result.bytes)
         self.report(self.result.bytes, self.total)
+
+    async def _manifests(self) -> None:
+        """Those that were found damaged before, at the start perhaps: their chunks are nobody's until then."""
+        for path in await self._thread(sorted, (self.store.root / "quarantine").glob(f"{DAMAGED_MANIFEST}*")):
+            digest = path.name.removeprefix(DAMAGED_MANIFEST)
+            async with self.cache.changing:
+                await self._thread(tree.remove, path)
+            self._damage(Damage("manifest", digest, (), "removed; it is fetched again when its model is needed"))
 
     async def _chunk(self, blob: str) -> None:
         size, good = await self._thread(_check_blob, self.store.blob(blob), blob)

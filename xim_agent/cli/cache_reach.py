@@ -34,13 +34,19 @@ async def reach(config: Config, name: str, arguments: Mapping[str, Any], report:
     """
     directory = config.model_cache_path
     try:
-        lock = (directory / claim.LOCK).stat()
+        owner = _first(directory / claim.LOCK, directory / claim.MARK)
     except (FileNotFoundError, NotADirectoryError):
         return _absent(config, name)
     except OSError as e:
         _denied(directory, e)
-    with _as_owner(lock):
+    with _as_owner(owner):
         return await _ask(config, name, arguments, report)
+
+
+def _first(*paths: Path) -> os.stat_result:
+    """Of the first that is there: somebody may have removed the lock."""
+    found = [path for path in paths[:-1] if os.path.lexists(path)]
+    return (found or paths[-1:])[0].lstat()
 
 
 async def _ask(config: Config, name: str, arguments: Mapping[str, Any], report: Report) -> Any:

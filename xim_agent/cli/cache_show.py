@@ -58,4 +58,8 @@ def show_verified(result: Mapping[str, Any]) -> None:
     for name in result["unchecked"]:
         click.echo(plain(f"cannot be checked, its manifest is lost: ready copy of {name}"))
     what = f"{result['chunks']} chunks and {result['files']} files, {size(result['bytes'])}"
-    click.echo(f"{what}: {len(result['damaged'])} damaged" if result["damaged"] else f"{what}: all as they should be")
+    if result["damaged"]:
+        click.echo(f"{what}: {len(result['damaged'])} damaged")
+    else:
+        rest = ", what could be checked" if result["unchecked"] else ""
+        click.echo(f"{what}: all as they should be{rest}")

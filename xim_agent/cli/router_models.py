@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from xim_agent.cli.router_store import DATA, open_store
-from xim_agent.cli.table import JSON, ago, cell, show
+from xim_agent.cli.table import JSON, ago, cell, plain, show
 
 
 @click.group("model")
@@ -27,8 +27,10 @@ def publish(path: Path, name: str, revision: str | None, data: Path) -> None:
     Several may run at once, beside a running router. One that was cut off is simply run again.
     """
     from xim_agent.cli.progress import Display
+    from xim_agent.engine.guard import die_with_parent
     from xim_agent.router.publish import check_name
 
+    die_with_parent()
     check_name(name)
     with open_store(data) as store, Display() as display:
         done = publish_model(store, path, name, revision, display)
@@ -48,15 +50,16 @@ def publish_model(store: Any, path: Path, name: str, revision: str | None, displ
     def waits() -> None:
         display.say("waiting for `router model rm` or `gc`, which runs")
 
+    path = path.expanduser()
+    task = catalog.task_of(_config(path), [p.name for p in path.iterdir()] if path.is_dir() else [])
     with changing(store.directory, waits, alone=False):
         done = publish(path, name, revision, store.directory, progress=show_progress)
-        task = catalog.task_of(_config(path), [p.name for p in path.iterdir()])
         manifest = f"sha256:{done.manifest_sha256}"
         row = (done.name, done.revision, done.id, manifest, done.size_bytes, done.stored_bytes, task, time.time())
         published = catalog.Published(*row)
         catalog.register(store.db, published)
     for dropped in done.dropped:
-        display.say(f"left out: {dropped}")
+        display.say(plain(f"left out: {dropped}"))
     share = done.stored_bytes / done.size_bytes if done.size_bytes else 1.0
     display.say(f"{done.size_bytes:,} bytes, {share:.0%} of that stored, task {task}")
     return published
@@ -65,7 +68,7 @@ def publish_model(store: Any, path: Path, name: str, revision: str | None, displ
 def _config(path: Path) -> dict[str, Any]:
     try:
         value = json.loads((path / "config.json").read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

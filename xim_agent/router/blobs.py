@@ -36,7 +36,10 @@ async def blob_endpoint(request: Request) -> Response:
     path = _models(request) / "blobs" / digest[:2] / digest
     if not _DIGEST.fullmatch(digest) or not await trio.to_thread.run_sync(path.is_file):
         return _not_found("blob", digest)
-    size = (await trio.to_thread.run_sync(path.stat)).st_size
+    try:
+        size = (await trio.to_thread.run_sync(path.stat)).st_size
+    except FileNotFoundError:
+        return _not_found("blob", digest)
     etag = f'"{digest}"'
     headers = {"ETag": etag, "Accept-Ranges": "bytes", "Cache-Control": "private, max-age=31536000, immutable"}
     if {etag, "*"} & {t.strip().removeprefix("W/") for t in request.headers.get("if-none-match", "").split(",")}:
@@ -95,7 +98,11 @@ class _File(Response):
         self.headers["content-length"] = str(end - start)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:  # its model was removed just now
+            await _not_found("blob", self._path.name)(scope, receive, send)
+            return
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             at = self._start if scope["method"] != "HEAD" else self._end

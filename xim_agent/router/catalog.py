@@ -50,7 +50,8 @@ class Assigned:
 
 def task_of(config: Mapping[str, Any], files: Iterable[str]) -> Task:
     """What a model is for, from its config.json and the names of its files: `embed`, `score` or `generate`."""
-    architectures = [str(name) for name in config.get("architectures") or ()]
+    named = config.get("architectures")
+    architectures = [str(name) for name in named] if isinstance(named, list) else []
     if any(name.endswith("ForSequenceClassification") for name in architectures):
         return "score"
     if "modules.json" in files or any(name.endswith(("Model", "ForMaskedLM")) for name in architectures):

@@ -90,7 +90,7 @@ def unregister(db: sqlite3.Connection, name: str, revision: str | None) -> Publi
             wanted = f"{name}@{revision}" if revision else name
             raise AgentError(
                 "model_unknown",
-                f"no model {wanted} is published",
+                f"no model {wanted!r} is published",
                 hint="`router model ls` shows what is",
                 exit_code=Exit.MISSING,
             )

@@ -63,7 +63,7 @@ def publish(
         return _publish(path, name, revision, data_dir / "models", progress, max(1, workers))
     except OSError as e:
         if files.is_full(e):
-            hint = "free some, for example with `router model gc`, and publish again: what is stored is kept"
+            hint = "free some, for example with `router model rm` of another model, and publish again"
             message = f"{path} cannot be published: no space is left for {data_dir}"
             raise AgentError("disk_full", message, hint=hint, exit_code=Exit.STATE) from e
         raise AgentError("publish_io", f"{path} cannot be published: {e}", exit_code=Exit.STATE) from e
@@ -75,6 +75,13 @@ def _publish(
     root = path.expanduser()
     if not root.is_dir():
         raise AgentError("model_path", f"{path} is not a directory", exit_code=Exit.USAGE)
+    if store.parent.resolve().is_relative_to(root.resolve()):
+        raise AgentError(
+            "model_path",
+            f"the router's directory {store.parent} lies in {path}: its private keys would be published",
+            hint="give a directory with the model's files alone",
+            exit_code=Exit.USAGE,
+        )
     kept, dropped = _select(root)
     if not kept:
         raise AgentError("model_path", f"{path} holds no file that can be published", exit_code=Exit.USAGE)

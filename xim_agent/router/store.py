@@ -4,7 +4,7 @@ import json
 import os
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -15,6 +15,7 @@ from xim_agent.router import join_keys, keyring
 from xim_agent.router.sql import transaction
 from xim_agent.router.tokens import RouterKeys
 
+_ROOM = 4 * 1024 * 1024  # bytes that SQLite may need to open a database in WAL mode and begin a change
 DEFAULT_LISTEN = "127.0.0.1:8080"
 FILE = "router.sqlite"
 
@@ -185,9 +186,13 @@ def router_lock(directory: Path) -> Iterator[None]:
 
 
 def _unusable(path: Path, error: Exception) -> AgentError:
+    hint = "check --data: its owner and its mode; a damaged database must be restored from a backup"
+    with suppress(OSError):
+        if files.disk(path.parent).free < _ROOM:
+            hint = "its disk is full: free a few megabytes elsewhere, then `router model rm` or `gc` can free more"
     return AgentError(
         "router_data",
         f"the router's database {path} cannot be used: {error}",
-        hint="check --data: its owner, its mode and the free space; a damaged database must be restored from a backup",
+        hint=hint,
         exit_code=Exit.STATE,
     )
