@@ -141,7 +141,8 @@ def test_given_by_flags_they_are_gone_from_the_process_list(stack: Planted) -> N
     command = ["run", "--join-key", stack.join_key, f"--vllm-salt-secret={SALT}", "--vllm-arg=--api-key"]
     command.append(f"--vllm-arg={OPERATORS['api key']}")
     stack.agent = stack.start("agent", *command, "--vllm-env", f"HF_TOKEN={OPERATORS['hub token']}")
-    until("the agent has enrolled", lambda: stack.agent and "enrollment successful" in stack.agent.text, 30)
+    until("the engine has told all", lambda: stack.agent and "***" in stack.agent.text, 60)
+    assert "enrollment successful" in stack.agent.text
     ours, engines = stack.seen()
     check(stack, ours, engines)
     assert "_FILE" in ours["log"], "the warning that names what is better"

@@ -22,7 +22,7 @@ log = logging.getLogger("xim_agent.cache")
 
 @dataclass(frozen=True)
 class Damage:
-    """`what`: chunk, file or manifest; `name`: its digest or path; `models`: MODEL@REV of who has it; `done` about it."""
+    """`what`: chunk, file or manifest; `name`: its digest or path; `models`: MODEL@REV of its users."""
 
     what: str
     name: str
