@@ -76,7 +76,9 @@ class Planted(Stack):
                 environment = Path(f"/proc/{process.pid}/environ").read_text(errors="replace")
             except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
                 continue  # an engine that failed, or a helper that has done its work
-            to = engines if "\0FAKE_VLLM_SAYS=" in environment else ours
+            if not environment:
+                continue  # it ended between the two
+            to = engines if "\0VLLM_NO_USAGE_STATS=" in "\0" + environment else ours
             to[f"arguments of {process.pid}"] = arguments
             to[f"environment of {process.pid}"] = environment
         return ours, engines
@@ -107,11 +109,12 @@ def stack(agent_exe: Path, tmp_path: Path) -> Iterator[Planted]:
 GIVEN = ("api key", "json member")
 
 
-def check(stack: Planted, ours: dict[str, str], engines: dict[str, str]) -> None:
+def check(stack: Planted, ours: dict[str, str], engines: dict[str, str], told: bool = True) -> None:
+    """`told`: whether an engine that is there has said what it was given."""
     secrets = stack.secrets()
     assert leaks(ours, {**secrets, **OPERATORS}) == []
     assert leaks(engines, secrets) == []
-    assert "***" in ours["log"] or not engines, "it was said, and hidden"
+    assert "***" in ours["log"] or not engines or not told, "it was said, and hidden"
 
 
 def test_nothing_that_was_planted_is_seen(stack: Planted) -> None:
@@ -141,10 +144,11 @@ def test_given_by_flags_they_are_gone_from_the_process_list(stack: Planted) -> N
     command = ["run", "--join-key", stack.join_key, f"--vllm-salt-secret={SALT}", "--vllm-arg=--api-key"]
     command.append(f"--vllm-arg={OPERATORS['api key']}")
     stack.agent = stack.start("agent", *command, "--vllm-env", f"HF_TOKEN={OPERATORS['hub token']}")
-    until("the engine has told all", lambda: stack.agent and "***" in stack.agent.text, 60)
-    assert "enrollment successful" in stack.agent.text
+    until("the agent has enrolled", lambda: stack.agent and "enrollment successful" in stack.agent.text, 30)
+    check(stack, *stack.seen(), told=False)
+    until("there is an engine", lambda: stack.seen()[1], 60)
     ours, engines = stack.seen()
-    check(stack, ours, engines)
+    check(stack, ours, engines, told=False)
     assert "_FILE" in ours["log"], "the warning that names what is better"
 
 
