@@ -135,7 +135,7 @@ class Commands:
 
     def _forget(self, left: Inventory, keys: set[str]) -> None:
         """Manifests of which nothing is left."""
-        for key in keys:
+        for key in keys & (self._cache.store.known.keys() | self._cache.store.index.entries().keys()):
             model = left.models.get(key)
             empty = key not in left.partials and not (model and (model.chunks or model.ready))
             if empty:
