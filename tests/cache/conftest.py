@@ -14,13 +14,11 @@ import hypercorn.trio
 import pytest
 import trio
 from fakes.disk import small_disk
+from fakes.hostile import cache_of
 from fakes.models import ModelServer, Source
 from hypercorn.config import Config
 
-from xim_agent.backoff import Backoff
 from xim_agent.cache.service import Cache
-from xim_agent.clock import SystemClock
-from xim_agent.health import Health
 from xim_agent.mesh.messages import ModelRef
 from xim_agent.router.publish import PublishedModel, publish
 
@@ -76,18 +74,8 @@ async def source(server: ModelServer) -> AsyncIterator[Source]:
 @pytest.fixture
 def open_cache(tmp_path: Path, source: Source) -> Callable[..., Cache]:
     def make(**changes: Any) -> Cache:
-        options: dict[str, Any] = {
-            "directory": tmp_path / "cache",
-            "max_bytes": 10**9,
-            "downloads": 8,
-            "source": source,
-            "allow_unsafe": False,
-            "clock": SystemClock(),
-            "health": Health(now=lambda: 0.0),
-            "rand": lambda: 0.5,
-            "backoff": partial(Backoff, 0.001, 0.01),
-        }
-        return Cache(**(options | changes))
+        usual: dict[str, Any] = {"directory": tmp_path / "cache", "source": source, "max_bytes": 10**9}
+        return cache_of(**(usual | changes))
 
     return make
 

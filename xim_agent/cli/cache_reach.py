@@ -89,13 +89,13 @@ async def _here(config: Config, name: str, arguments: Mapping[str, Any], report:
 
 
 class _Nowhere:
-    """No command fetches."""
+    """No command fetches: one that asks has a bug."""
 
-    async def manifest(self, sha256_hex: str) -> bytes:
-        raise NotImplementedError
+    async def manifest(self, sha256_hex: str) -> NoReturn:
+        raise RuntimeError(f"a command fetches the manifest {sha256_hex}")
 
     def blob(self, sha256_hex: str, offset: int) -> NoReturn:
-        raise NotImplementedError
+        raise RuntimeError(f"a command fetches the chunk {sha256_hex}")
 
 
 @contextmanager
