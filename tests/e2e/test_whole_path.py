@@ -18,7 +18,7 @@ from fakes.stack import Stack, alive, running, shared_memory, stream_lines, unti
 pytestmark = pytest.mark.e2e
 
 PROMPT = [{"role": "user", "content": "Tell me a story about a lighthouse."}]
-LONG = {"max_tokens": 8000, "temperature": 0, "seed": 1, "extra_body": {"ignore_eos": True}}
+LONG: dict[str, Any] = {"max_tokens": 8000, "temperature": 0, "seed": 1, "extra_body": {"ignore_eos": True}}
 
 
 @pytest.fixture(scope="module")
@@ -181,18 +181,21 @@ def test_node_is_shown_online(ready: Stack) -> None:
 
 
 def test_client_that_goes_away_stops_the_engine(ready: Stack) -> None:
-    def running_now() -> float:
+    def metric(name: str) -> float:
         with httpx.Client(transport=httpx.HTTPTransport(uds=str(ready.socket))) as client:
             text = client.get("http://engine/metrics").text
-        return sum(map(float, re.findall(r"^vllm:num_requests_running\{.*\} ([0-9.]+)$", text, re.M)))
+        return sum(map(float, re.findall(rf"^vllm:{name}\{{.*\}} ([0-9.e+]+)$", text, re.M)))
 
+    before = metric("generation_tokens_total")
     with ready.client() as client:
         stream = client.chat.completions.create(model="toy", messages=PROMPT, stream=True, **LONG)  # type: ignore[call-overload]
         for _ in zip(range(5), stream, strict=False):
             pass
-        assert running_now() == 1
+        assert metric("num_requests_running") == 1
         stream.close()
-        until("vLLM has stopped generating", lambda: running_now() == 0, 1)
+        until("vLLM has stopped generating", lambda: metric("num_requests_running") == 0, 60)
+    # A busy machine may take a second to pass it on; without a cancel all of it would have been generated.
+    assert metric("generation_tokens_total") - before < LONG["max_tokens"] / 2
 
 
 def test_link_cut_for_5_s_loses_nothing(ready: Stack) -> None:
@@ -300,9 +303,9 @@ def test_kill_9_of_the_agent_leaves_nothing(stack: Stack, victim: str, when: str
     assert len(family) >= 4, "bootloader, agent, guard, vLLM"
     (bootloader if victim == "bootloader" else child).kill()
     until(f"nothing is left of {family}", lambda: not alive(family), 10)
-    until("the socket is gone", lambda: not stack.socket.exists(), 1)
+    until("the socket is gone", lambda: not stack.socket.exists(), 10)
     assert not [path for path in shared if path.exists()]
-    stack.agent.wait(5)
+    stack.agent.wait(30)
     stack.agent = None
 
 
@@ -315,7 +318,7 @@ def test_other_ends_of_the_agent_leave_nothing(ready: Stack, ending: str) -> Non
     stream = Stream(ready, max_tokens=8000)
     if ending == "second signal":
         ready.agent.popen.send_signal(signal.SIGTERM)
-        until("it drains", lambda: ready.agent is not None and "draining" in ready.agent.text, 5)
+        until("it drains", lambda: ready.agent is not None and "draining" in ready.agent.text, 30)
         threading.Event().wait(1.5)  # two within a second are taken for one of a terminal
         ready.agent.popen.send_signal(signal.SIGTERM)
     else:
