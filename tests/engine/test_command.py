@@ -44,7 +44,8 @@ def test_the_whole_command_line_of_a_cpu_host() -> None:
         "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
         "VLLM_RPC_BASE_PATH": "/run/x/t", "TMPDIR": "/run/x/t", "VLLM_CACHE_ROOT": "/cache/v",
         "TRITON_CACHE_DIR": "/cache/v/triton", "TORCHINDUCTOR_CACHE_DIR": "/cache/v/inductor",
-        "VLLM_HOST_IP": "127.0.0.1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "1", "OMP_WAIT_POLICY": "PASSIVE",
+        "VLLM_HOST_IP": "127.0.0.1", "VLLM_USE_AOT_COMPILE": "0",
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": "1", "OMP_WAIT_POLICY": "PASSIVE",
         "VLLM_CPU_OMP_THREADS_BIND": "0,1", "OMP_NUM_THREADS": "2", "VLLM_CPU_KVCACHE_SPACE": "1",
     }  # fmt: skip
     assert made_plan.ceiling == 64

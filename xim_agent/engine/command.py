@@ -13,7 +13,7 @@ from xim_agent.config.fields import Config
 from xim_agent.config.mask import masked_arguments
 from xim_agent.engine import arguments
 from xim_agent.engine.budget import GIB, TYPICAL_FLOOR, Wishes
-from xim_agent.engine.environment import PRIVATE, cpu_threads, directories, pairs
+from xim_agent.engine.environment import CPU_COMPILATION, PRIVATE, cpu_threads, directories, pairs
 from xim_agent.engine.facts import ModelFacts
 from xim_agent.engine.sizing import Sizing, ceiling, size
 from xim_agent.errors import AgentError, Exit
@@ -139,7 +139,7 @@ def plan(
     argv = (places.launcher, "serve", places.model, *arguments.merged(own, from_router, from_operator))
     env = {**PRIVATE, **directories(places.scratch, places.compile_cache), **_options(config)}
     if hardware.accelerator == "cpu":
-        env |= cpu_threads(hardware, wishes.ranks)
+        env |= CPU_COMPILATION | cpu_threads(hardware, wishes.ranks)
         if sizing:
             env["VLLM_CPU_KVCACHE_SPACE"] = str(sizing.kv_bytes // GIB)
     env |= pairs(config.vllm_env)
