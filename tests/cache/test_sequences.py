@@ -188,7 +188,7 @@ class Watcher:
     count: int = 0
     in_use: Path | None = None
     signature: dict[str, tuple[int, int]] = field(default_factory=dict)
-    free: int = 0
+    floor: int = 0
     others_move: bool = False
     broken: str = ""
     opening: bool = True
@@ -207,9 +207,10 @@ class Watcher:
             self.ceiling = min(self.ceiling, total)
         info = os.statvfs(self.world.disk)
         free, reserve = info.f_bavail * info.f_frsize, max(RESERVES.disk, info.f_blocks * info.f_frsize // 50)
-        if free < min(reserve - BOOKS, self.free) and not self.opening and not self.others_move:
+        # Others may have left less than the reserve: the books may grow all the same, nothing else may.
+        self.floor = max(self.floor, min(free, reserve) - BOOKS)
+        if free < self.floor and not self.opening and not self.others_move:
             self.broken = self.broken or f"{free} bytes free, the reserve is {reserve}"
-        self.free = free
         if self.in_use is not None and self._sign(self.in_use) != self.signature:
             self.broken = self.broken or f"{self.in_use} is in use and was touched"
 
@@ -228,8 +229,7 @@ class Watcher:
         """Others changed the disk."""
         self.opening = False
         self.ceiling = max(self.bound, self.world.total())
-        info = os.statvfs(self.world.disk)
-        self.free = info.f_bavail * info.f_frsize
+        self.floor = 0
         self.others_move = False
 
 
@@ -266,6 +266,14 @@ class Player:
                 if self.watcher.broken:
                     raise Broken(f"{step}: {self.watcher.broken}")
                 self.whole(step)
+        if self.serving is not None:  # what is in use is used until the end
+            world.tell(f"used {self.serving} {world.now()}")
+
+    def unpin(self, name: str) -> None:
+        """Its last use is now; a process that is about to be killed may not come to write that down."""
+        self.cache.unpin(self.world.books[name].ref)
+        doomed = self.watcher.armed and self.watcher.kill is not None
+        self.world.tell(f"forgotten {name}" if doomed else f"used {name} {self.world.now()}")
 
     async def take(self, step: Step) -> None:
         before = self.world.see()
@@ -308,7 +316,7 @@ class Player:
         async def release() -> None:
             assert self.serving is not None
             drained.append(True)
-            cache.unpin(world.books[self.serving].ref)
+            self.unpin(self.serving)
             self.serving = None
             self.watcher.use(None)
 
@@ -337,7 +345,7 @@ class Player:
             world.tell(f"used {step.model} {world.now()}")
             if step.switch:
                 if self.serving is not None and self.serving != step.model:
-                    cache.unpin(world.books[self.serving].ref)
+                    self.unpin(self.serving)
                 cache.pin(book.ref)
                 self.serving = step.model
                 self.watcher.use(path)
@@ -402,7 +410,7 @@ class Player:
     def evicted(self, step: Make, before: Seen, after: Seen, serving: str | None, drained: bool) -> None:
         """What goes later went only where nothing was left of what goes first."""
         world, target = self.world, self.world.books[step.model].digest
-        keep = {target} | ({world.books[self.serving].digest} if self.serving else set())
+        keep = {target} | {world.books[name].digest for name in (serving, self.serving) if name}
         gone_ready = before.ready.keys() - after.ready.keys() - {target}
         models = {n for n, b in world.books.items() if b.digest in before.known} - {step.model}
         gone_blobs = frozenset(b for n in models for b in world.books[n].blobs) & before.good - after.good
@@ -411,7 +419,7 @@ class Player:
             assert not after.quarantine or not before.quarantine, f"{step}: the quarantine goes first"
             assert _size(world.root / "compile/0.9") == 0, f"{step}: old compile caches go before models"
         if gone_blobs:
-            left = after.ready.keys() - keep - ({world.books[serving].digest} if serving else set())
+            left = after.ready.keys() - keep
             assert not left, f"{step}: chunks went before the ready copies {[world.name(d) for d in left]}"
         if serving is not None and serving != step.model and not drained:
             own = self.only(serving, before) - world.books[step.model].blobs.keys()
