@@ -189,6 +189,7 @@ class Watcher:
     in_use: Path | None = None
     signature: dict[str, tuple[int, int]] = field(default_factory=dict)
     floor: int = 0
+    slack: int = 0  # where the bound was lowered, the books may grow before what is above it has gone
     others_move: bool = False
     broken: str = ""
     opening: bool = True
@@ -201,7 +202,7 @@ class Watcher:
 
     def after(self) -> None:
         total = self.world.total()
-        if total > max(self.bound, self.ceiling):
+        if total > max(self.bound, self.ceiling) + self.slack:
             self.broken = self.broken or f"{total} bytes, allowed are {self.bound}, {self.ceiling} were there"
         if not self.opening:
             self.ceiling = min(self.ceiling, total)
@@ -228,7 +229,8 @@ class Watcher:
     def again(self) -> None:
         """Others changed the disk."""
         self.opening = False
-        self.ceiling = max(self.bound, self.world.total())
+        total = self.world.total()
+        self.ceiling, self.slack = max(self.bound, total), BOOKS if total > self.bound else 0
         self.floor = 0
         self.others_move = False
 
@@ -550,7 +552,7 @@ def live(world: World, life: Life) -> None:
     assert code in (0, -signal.SIGKILL), world.log.with_name("said").read_text()
     world.later += sum(step.days for step in life.steps if isinstance(step, Later)) * DAY
     if code and life.steps:
-        killed(world, life.steps[-1], max(life.bound, before))
+        killed(world, life.steps[-1], life.bound if before <= life.bound else before + BOOKS)
 
 
 def forked(world: World, call: Any, watcher: Watcher) -> int:
