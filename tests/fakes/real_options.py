@@ -33,19 +33,19 @@ STARTS: dict[str, list[Row]] = {
         ("DISTRIBUTED_BACKEND", "mp", {"args.distributed_executor_backend": "mp"}),
         ("RAY_ADDRESS", "127.0.0.1:1", {"env.RAY_ADDRESS": "127.0.0.1:1"}),
         ("CUDA_VISIBLE_DEVICES", "1,0", {"env.CUDA_VISIBLE_DEVICES": "1,0"}),
-        ("AUTO_CONFIG", "on", {"env.VLLM_CPU_KVCACHE_SPACE": "1", "vllm.cache_config.kv_cache_memory_bytes": 1 << 30}),
         ("ALLOW_ENGINE_ARGS", "trust-remote-code", {}),
         ("--trust-remote-code", "", {"vllm.model_config.trust_remote_code": True}),
         (
             "VLLM_ARGS",
             (
                 "--seed 7 --block-size=64 --no-enable-prefix-caching --no-enable-chunked-prefill "
-                "--kv-cache-dtype fp8 --enable-lora --max-loras 2"
+                "--kv-cache-dtype fp8 --kv-cache-memory-bytes 1500M --enable-lora --max-loras 2"
             ),
             {
                 "vllm.model_config.seed": 7, "vllm.cache_config.block_size": 64,
                 "vllm.cache_config.enable_prefix_caching": False, "vllm.scheduler_config.enable_chunked_prefill": False,
                 "vllm.cache_config.cache_dtype": "fp8", "vllm.lora_config.max_loras": 2,
+                "vllm.cache_config.kv_cache_memory_bytes": 1500 << 20, "env.VLLM_CPU_KVCACHE_SPACE": None,
             },
         ),
         ("VLLM_SOCKET_PATH", "{runtime}/other.sock", {"args.uds": "{runtime}/other.sock"}),
@@ -79,6 +79,7 @@ STARTS: dict[str, list[Row]] = {
                 "env.OMP_NUM_THREADS": "1", "worker.cpus": [{0}, {1}],
             },
         ),
+        ("AUTO_CONFIG", "on", {"env.VLLM_CPU_KVCACHE_SPACE": "1", "vllm.cache_config.kv_cache_memory_bytes": 1 << 30}),
         ("VLLM_SALT_SECRET", "grains", {"env.XEROTIER_AGENT_VLLM_SALT_SECRET": None}),
         ("max_model_len", "1000", {"vllm.model_config.max_model_len": 1000}),
         FLOAT,
