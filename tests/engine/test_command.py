@@ -133,6 +133,30 @@ def test_vllm_args_override_in_every_form(form: tuple[str, ...]) -> None:
     assert "--enable-prefix-caching" not in argv
 
 
+SPACE = "VLLM_CPU_KVCACHE_SPACE"
+
+
+@pytest.mark.parametrize(
+    ("words", "env", "space", "kv_bytes"),
+    [
+        ((), (), "1", GIB),
+        (("--kv-cache-memory-bytes", "1500M"), (), None, 1500 << 20),
+        (("--gpu-memory-utilization=0.25",), (), None, 6 * GIB - 853_248 - GIB),
+        (("--gpu-memory-utilization=0.25", "--kv-cache-memory-bytes=2G"), (), None, 2 * GIB),
+        ((), (f"{SPACE}=3",), "3", 3 * GIB),
+        (("--kv-cache-memory-bytes=2G",), (f"{SPACE}=3",), "3", 3 * GIB),
+    ],
+)
+def test_the_operator_says_how_large_a_cpus_cache_is(
+    words: tuple[str, ...], env: tuple[str, ...], space: str | None, kv_bytes: int
+) -> None:
+    """The variable beats the flags in vLLM, so ours is not there when one of them is."""
+    found = made(Config(vllm_args=words, vllm_env=env))
+    assert found.env.get(SPACE) == space
+    assert found.sizing
+    assert found.sizing.kv_bytes == kv_bytes
+
+
 def test_vllm_args_cannot_move_the_socket_and_vllm_env_wins() -> None:
     with pytest.raises(AgentError, match="--uds"):
         made(Config(vllm_args=("--uds=/tmp/x",)))

@@ -50,6 +50,7 @@ NOT_RETRIED = {
         "weights_other_shape",
     ],
     "parallel_impossible": ["tp_above_cores", "tp_cores_default", "tp_not_divisor", "tensor_parallel_above_gpus"],
+    "pipeline_not_warmed_up": ["pp_eager_on_cpu"],
     "quantization_unsupported": [
         "quantization_unknown",
         "quantization_in_config_unknown",

@@ -5,12 +5,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from fakes.engine import CPU_HOST, GIB, assignment
+from fakes.real_options import NOT_ON_A_CPU, STARTS, STAYS
 
 from xim_agent.config.fields import OPTIONS
 from xim_agent.config.sources import load
-from xim_agent.engine import launcher
+from xim_agent.engine import arguments, launcher
 from xim_agent.engine.arguments import group
 from xim_agent.engine.budget import Wishes
 from xim_agent.engine.command import Places, Plan, plan
@@ -18,6 +20,7 @@ from xim_agent.engine.facts import ModelFacts
 from xim_agent.engine.planner import places
 from xim_agent.errors import AgentError
 from xim_agent.hardware.report import Device, Hardware
+from xim_agent.mesh.messages import Serving
 
 CARDS = tuple(Device(i, f"GPU-{i}abcd", "L40S", 48 * GIB, 47 * GIB, "8.9") for i in range(4))
 GPU_HOST = Hardware(
@@ -109,6 +112,21 @@ def test_every_option_of_the_engine_is_in_the_table() -> None:
         "XEROTIER_AGENT_ALLOW_UNSAFE_FILES", "XEROTIER_AGENT_VLLM_SALT_SECRET", "XEROTIER_AGENT_VLLM_SALT_SECRET_FILE",
         "XEROTIER_AGENT_ENGINE_START_STALL_SECONDS", "XEROTIER_AGENT_ENGINE_HANG_SECONDS",
     }  # fmt: skip
+
+
+def test_every_option_is_given_to_real_vllm_or_it_is_said_why_not() -> None:
+    """Also each word that a router may choose, and each field of what it assigns."""
+    table = test_an_option_changes_this_and_nothing_else.pytestmark[0].args[1]
+    given = {option for rows in STARTS.values() for option, _, _ in rows}
+    evident = {option for rows in STARTS.values() for option, _, seen in rows if seen} | {"ALLOW_ENGINE_ARGS"}
+    assert given == evident, "of each option something is seen"
+    options = {o.env.removeprefix("XEROTIER_AGENT_") for o in OPTIONS if o.meta["group"] in ("engine", "cache", "stop")}
+    assert {option for option in given if option.isupper()} == options - STAYS.keys()
+    assert options >= STAYS.keys()
+    golden = {f"{name}={word}" for words, *_ in table for name, word in words.items()}
+    assert golden >= NOT_ON_A_CPU.keys()
+    assert arguments._ALLOWED.keys() <= given
+    assert {field.name for field in msgspec.structs.fields(Serving)} - {"engine_args"} <= given
 
 
 def test_the_salt_is_kept_from_vllm() -> None:
@@ -215,6 +233,11 @@ def test_a_flag_outside_the_list_is_refused_by_name_unless_the_operator_allows_i
         ({"VLLM_ARGS": "-q fp8"}, {}, lambda w, s: s.quantization == "fp8" and s.kv_bytes > 10 * GIB),
         ({"VLLM_ARGS": "--cpu-offload-gb 30"}, {}, lambda w, s: s.quantization is None and s.kv_bytes > 13 * GIB),
         ({"VLLM_ARGS": "-tp 2 --kv-cache-dtype fp8"}, {}, lambda w, s: term(s, "kv_slot") == 2 * 32 * 4 * 128),
+        ({"VLLM_ARGS": "-tp 2 --kv-cache-dtype bfloat16 --dtype float32"}, {},
+         lambda w, s: term(s, "kv_slot") == 2 * 2 * 32 * 4 * 128),
+        ({"VLLM_ARGS": "-tp 2 --kv-cache-memory-bytes 1.5g"}, {}, lambda w, s: s.kv_bytes == 1_500_000_000),
+        ({"VLLM_ARGS": "-tp 2 --kv-cache-memory-bytes=5G"}, {}, lambda w, s: s.kv_bytes == 5 * GIB),
+        ({"VLLM_ARGS": "-tp 2 --kv-cache-memory-bytes 1.5G"}, {}, lambda w, s: s.kv_bytes > 13 * GIB),
         ({"VLLM_ARGS": "-tp 4 --dtype float32"}, {}, lambda w, s: term(s, "weights") == -30 * GIB),
         ({"VLLM_ARGS": "-tp 4"}, {"engine_args": ("--dtype=float32",)}, lambda w, s: term(s, "weights") == -30 * GIB),
         ({}, {"engine_args": ("--max-num-batched-tokens", "512")}, lambda w, s: w.batched_tokens == 512),

@@ -5,9 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import PurePosixPath
 
-from xim_agent.engine.budget import GIB, Wishes
+from xim_agent.engine.budget import CPU_RANK_OVERHEAD, GIB, Wishes
 from xim_agent.engine.facts import DTYPE_BYTES, ModelFacts
 from xim_agent.errors import AgentError, Exit
+from xim_agent.hardware.report import Hardware
 
 _SHORT = {
     "-tp": "--tensor-parallel-size",
@@ -110,8 +111,8 @@ def value_of(words: Sequence[str], flag: str) -> str | None:
     return found
 
 
-_WHOLE = re.compile(r"([0-9]{1,12})([kKmM]?)")
-_FACTORS = {"": 1, "k": 1000, "K": 1024, "m": 10**6, "M": 1 << 20}  # as vLLM reads them
+_AMOUNT = re.compile(r"([0-9]{1,12})([KMGT]?)|([0-9]{1,12}(?:\.[0-9]{1,6})?)([kmgt])")  # as vLLM reads them
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 def overridden(wishes: Wishes, model: ModelFacts, words: Sequence[str]) -> tuple[Wishes, ModelFacts]:
@@ -119,8 +120,12 @@ def overridden(wishes: Wishes, model: ModelFacts, words: Sequence[str]) -> tuple
     are no numbers are left to vLLM to judge."""
 
     def number(flag: str, otherwise: int | None) -> int | None:
-        found = _WHOLE.fullmatch(value_of(words, flag) or "")
-        return int(found[1]) * _FACTORS[found[2]] or otherwise if found else otherwise
+        found = _AMOUNT.fullmatch(value_of(words, flag) or "")
+        if not found:
+            return otherwise
+        whole, binary, fraction, decimal = found.groups(default="")
+        told = int(whole) << 10 * _POWERS[binary.lower()] if whole else int(float(fraction) * 1000 ** _POWERS[decimal])
+        return told or otherwise
 
     def fraction(flag: str, otherwise: float) -> float:
         word = value_of(words, flag) or ""
@@ -135,13 +140,28 @@ def overridden(wishes: Wishes, model: ModelFacts, words: Sequence[str]) -> tuple
         utilization=fraction("--gpu-memory-utilization", wishes.utilization),
         quantization=value_of(words, "--quantization") or wishes.quantization,
         elsewhere_bytes=int(fraction("--cpu-offload-gb", 0.0) * GIB),
+        kv_bytes=number("--kv-cache-memory-bytes", wishes.kv_bytes),
     )
     if DTYPE_BYTES.get(value_of(words, "--dtype") or "", 2.0) == 4.0 and model.quantization is None:
         doubled = {name: getattr(model, name) * 2 for name in ("weights_bytes", "first_bytes", "last_bytes")}
         model = replace(model, dtype_bytes=4.0, draft_bytes=model.draft_bytes * 2, **doubled)
-    if (value_of(words, "--kv-cache-dtype") or "").startswith("fp8"):
-        model = replace(model, dtype_bytes=1.0)
+    kept = value_of(words, "--kv-cache-dtype") or ""
+    if kept.startswith("fp8") or kept in DTYPE_BYTES:
+        model = replace(model, dtype_bytes=DTYPE_BYTES.get(kept, 1.0))
     return wishes, model
+
+
+def told_on_cpu(
+    wishes: Wishes, model: ModelFacts, hardware: Hardware, words: Sequence[str], env: Mapping[str, str]
+) -> Wishes:
+    """The operator's say about a CPU's KV cache: VLLM_CPU_KVCACHE_SPACE, which vLLM lets win, else its size, else the
+    share of the memory for a rank, of which vLLM takes off what the rank holds already."""
+    if (space := env.get("VLLM_CPU_KVCACHE_SPACE", "")).isdecimal():
+        return replace(wishes, kv_bytes=int(space) * GIB)
+    if wishes.kv_bytes is not None or value_of(words, "--gpu-memory-utilization") is None:
+        return wishes
+    held = model.rank_bytes(*wishes.split) + CPU_RANK_OVERHEAD
+    return replace(wishes, kv_bytes=max(0, int(hardware.memory_bytes * wishes.utilization) - held))
 
 
 def known_flags(help_text: str) -> frozenset[str]:

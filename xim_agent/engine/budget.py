@@ -24,7 +24,7 @@ class Wishes:
 
     `batched_tokens`: tokens of one step, None: vLLM's default for the hardware. `draft`: the model's own MTP layers are
     loaded, too. `elsewhere_bytes`: weights of each rank that the operator has vLLM keep in host memory.
-    `bitsandbytes`: the installed vLLM has it.
+    `bitsandbytes`: the installed vLLM has it. `kv_bytes`: of each rank's KV cache, where the operator says it himself.
     """
 
     max_model_len: int | None = None
@@ -40,6 +40,7 @@ class Wishes:
     draft: bool = False
     elsewhere_bytes: int = 0
     bitsandbytes: bool = False
+    kv_bytes: int | None = None
 
     @property
     def split(self) -> tuple[int, int]:

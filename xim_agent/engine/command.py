@@ -132,6 +132,9 @@ def plan(
     wishes = _with_devices(
         config, hardware, replace(wishes, max_num_seqs=_max_num_seqs(later, wishes), bitsandbytes=bitsandbytes)
     )
+    operators_env = pairs(config.vllm_env)
+    if hardware.accelerator == "cpu":
+        wishes = arguments.told_on_cpu(wishes, model, hardware, later, operators_env)
     sizing = size(model, hardware, wishes) if config.auto_config else None
     own = _flags(config, assignment, hardware, model, places, wishes, sizing)
     warnings = list(sizing.warnings if sizing else ())
@@ -140,9 +143,9 @@ def plan(
     env = {**PRIVATE, **directories(places.scratch, places.compile_cache), **_options(config)}
     if hardware.accelerator == "cpu":
         env |= CPU_COMPILATION | cpu_threads(hardware, wishes.ranks)
-        if sizing:
+        if sizing and wishes.kv_bytes is None:  # it would beat the operator's flags
             env["VLLM_CPU_KVCACHE_SPACE"] = str(sizing.kv_bytes // GIB)
-    env |= pairs(config.vllm_env)
+    env |= operators_env
     seqs = wishes.max_num_seqs
     most = sizing.ceiling if sizing else wishes.max_concurrent or seqs
     return Plan(argv, env, min(most, seqs), seqs, serving.task, model, wishes, sizing, tuple(warnings))

@@ -90,6 +90,10 @@ _CLASSES = (
          r"Not enough allowed NUMA nodes",
          "lower TENSOR_PARALLEL_SIZE and PIPELINE_PARALLEL_SIZE to what this machine has and what divides the model's "
          "attention heads" + _RESTART, retry=False),
+    # On a CPU; healthy until its first request.
+    _row("pipeline_not_warmed_up", r"assert self\.intermediate_tensors is not None",
+         "leave --enforce-eager out of VLLM_ARGS and the assignment, or lower PIPELINE_PARALLEL_SIZE to 1" + _RESTART,
+         retry=False),
     _row("quantization_unsupported", r"Unknown quantization method|Cannot find the config file for|"
          r"[Qq]uantization .*not (currently )?supported|does not match the quantization method|"
          r"static_scaled_fp8_quant|[Pp]lease install bitsandbytes|No module named 'bitsandbytes'",

@@ -93,11 +93,14 @@ def _sized(model: ModelFacts, hardware: Hardware, wishes: Wishes) -> Sizing | tu
         kv_bytes, terms = cpu_budget(model, hardware, wishes)
     else:
         quantization, utilization, kv_bytes, terms, warnings = gpu_budget(model, hardware, wishes)
+    if wishes.kv_bytes is not None:
+        kv_bytes = wishes.kv_bytes
     flying = in_flight(hardware, wishes)
     wanted = wishes.max_model_len or model.max_len or TYPICAL_FLOOR
     least = min(wanted, TYPICAL_FLOOR) if wishes.max_model_len is None else wanted
     holds = longest(model, max(0, kv_bytes), *wishes.split, flying)
-    terms.append(Term("kv_cache", max(0, kv_bytes), "bytes", "KV cache of a rank"))
+    told_kv = "" if wishes.kv_bytes is None else ", as VLLM_ARGS or VLLM_ENV say"
+    terms.append(Term("kv_cache", max(0, kv_bytes), "bytes", f"KV cache of a rank{told_kv}"))
     terms.append(Term("kv_slot", ceil(model.slot_bytes(*wishes.split)), "bytes", "one token in it"))
     terms.append(Term("longest_sequence", min(holds, wanted), "tokens", "longest sequence it holds"))
     if holds < least or kv_bytes < 0:
