@@ -64,7 +64,7 @@ class RouterProcess:
         if options.files:
             words = ["bash", "-c", f'ulimit -Sn {options.files}; exec "$@"', "limited", *words]
         self.log = (data / "router.log").open("w+")
-        self._process = subprocess.Popen(words, stderr=self.log)
+        self._process = subprocess.Popen(words, stderr=self.log, cwd=data)
         self.pid = self._process.pid
 
     async def ready(self) -> None:

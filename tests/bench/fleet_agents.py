@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 import trio
+import zstandard
 
 MODEL = "bench"
 CEILING = 4
@@ -113,13 +114,14 @@ class Wire:
             raise ValueError(data.split(b"\r\n", 1)[0].decode())
         if b"connection: close" in data[:end].lower():
             self.close()
-        return _decode(data[end:size])
+        packed = b"content-encoding: zstd" in data[:end]
+        return _decode(zstandard.decompress(data[end:size]) if packed else data[end:size])
 
 
 class Agent:
     """Polls as the real one does, one call at a time, and sends its events over a second connection."""
 
-    def __init__(self, load: Load, number: int, token: str) -> None:
+    def __init__(self, load: Load, number: int, token: str, ceiling: int = CEILING) -> None:
         headers = {
             "user-agent": "xerotier-xim-agent/0.1.0",
             "xim-protocol": "1",
@@ -129,6 +131,7 @@ class Agent:
             "authorization": f"Bearer {token}",
         }
         self._load = load
+        self._ceiling = ceiling
         self._boot = f"{number:032x}"
         self._n = 0
         self._wait_ms = 0
@@ -163,11 +166,11 @@ class Agent:
                 "boot": self._boot,
                 "n": self._n,
                 "phase": "ready",
-                "capacity": CEILING - held,
+                "capacity": self._ceiling - held,
                 "wait_ms": wait_ms,
                 "held": sorted(self._held),
                 "model": {"id": MODEL, "revision": "r1", "generation": 1},
-                "ceiling": CEILING,
+                "ceiling": self._ceiling,
                 "load": {"running": held, "waiting": 0, "kv_usage": 0.25, "tokens_per_s": 50.0 * held},
                 "progress": None,
                 "health": [],
