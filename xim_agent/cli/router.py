@@ -40,6 +40,7 @@ def serve(listen: str, public_urls: tuple[str, ...], tls_cert: Path | None, tls_
 
     from xim_agent.cli.private import keep_private
     from xim_agent.engine.guard import die_with_parent
+    from xim_agent.router.server import raise_file_limit
     from xim_agent.router.store import Store, router_lock
 
     keep_private()
@@ -48,6 +49,7 @@ def serve(listen: str, public_urls: tuple[str, ...], tls_cert: Path | None, tls_
         raise click.UsageError("--tls-cert and --tls-key go together")
     for url in public_urls:
         _check_url(url)
+    raise_file_limit()
     with router_lock(data), Store.open(data) as store:
         trio.run(_serve, store, listen, public_urls, tls_cert, tls_key)
 

@@ -43,7 +43,8 @@ class Endpoint(Generic[Who]):
     """One path. `admit` judges the headers before the body is read; `limit`: bytes of the body, decoded.
 
     `admit` and `handle` raise Problem or ApiError for an error reply. The handler, and the reply it returns, are
-    cancelled when the caller closes the connection. Nothing between them and the connection buffers.
+    cancelled when the caller closes the connection. Nothing between them and the connection buffers. `waits`: whether a
+    handler ever does; for the others nobody need watch the caller meanwhile.
     """
 
     methods: frozenset[str]
@@ -51,6 +52,7 @@ class Endpoint(Generic[Who]):
     admit: Callable[[Request], Who]
     handle: Callable[[Request, Who], Awaitable[ASGIApp]]
     agents: bool = False
+    waits: bool = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         send = with_protocol(send) if self.agents else send
@@ -64,15 +66,21 @@ class Endpoint(Generic[Who]):
                 return
         except Gone:
             return
+        if not self.waits:
+            await self._answer(scope, body, who, send)
+            return
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_cancel_when_left, incoming, nursery.cancel_scope)
-            reply: ASGIApp
-            try:
-                reply = await self.handle(Request(scope, Replay(body)), who)
-            except (Problem, ApiError, sqlite3.Error) as error:
-                reply = self._refusal(error)
-            await reply(scope, Replay(b""), send)
+            await self._answer(scope, body, who, send)
             nursery.cancel_scope.cancel()
+
+    async def _answer(self, scope: Scope, body: bytes, who: Who, send: Send) -> None:
+        reply: ASGIApp
+        try:
+            reply = await self.handle(Request(scope, Replay(body)), who)
+        except (Problem, ApiError, sqlite3.Error) as error:
+            reply = self._refusal(error)
+        await reply(scope, Replay(b""), send)
 
     async def _enter(self, request: Request, incoming: Incoming) -> tuple[Who, bytes]:
         if request.method not in self.methods:
@@ -111,20 +119,21 @@ class Router:
         self.clients = ClientApi(store, self.dispatch)
         self.dashboard = Dashboard(store, self.dispatch, clock)
         self.state = SimpleNamespace(data_dir=store.directory)  # where `blobs` looks, as `request.app.state`
-        self._routes = Routes(
-            [*self._agent_routes(), *self._client_routes()], redirect_slashes=False, default=not_found
-        )
+        routes = [*self._agent_routes(), *self._client_routes()]
+        self._exact = {route.path: route.app for route in routes if "{" not in route.path}
+        self._routes = Routes(routes, redirect_slashes=False, default=not_found)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["app"] = self
-        await self._routes(scope, receive, send)
+        exact = self._exact.get(scope["path"]) if scope["type"] == "http" else None
+        await (exact or self._routes)(scope, receive, send)
 
     def _agent_routes(self) -> list[Route]:
         api = self.agents
 
         def route(path: str, method: str, limit: int, handle: Any, admit: Any = api.agent) -> Route:
             methods = frozenset({"GET", "HEAD"} if handle in (manifest, blob) else {method})
-            return Route(path, Endpoint(methods, limit, admit, handle, agents=True))
+            return Route(path, Endpoint(methods, limit, admit, handle, agents=True, waits=handle != api.events))
 
         async def manifest(request: Request, _: Any) -> ASGIApp:
             return await blobs.manifest_endpoint(request)

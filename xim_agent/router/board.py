@@ -6,18 +6,25 @@ from collections import Counter
 from xim_agent.router.fleet import Agent, Poll
 from xim_agent.router.jobs import Grant, Job, Limits, Outcome, failure
 from xim_agent.router.queues import Key, Queues
+from xim_agent.router.waiting import Waiting
 
 ELSEWHERE = 5.0  # seconds a job that failed on one agent waits for another one
 SOON = 1.0  # an agent heard so recently is about to poll again
 
 
 class Board:
-    """Shared by the dispatcher and by what settles leases. `now` is monotonic seconds."""
+    """Shared by the dispatcher and by what settles leases. `now` is monotonic seconds.
+
+    `leased`: every agent that has leases, and some that had. What is done often looks at these or at `waiting`, not at
+    all agents.
+    """
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.started = float("-inf")
         self.agents: dict[str, Agent] = {}
+        self.leased: dict[Agent, None] = {}
+        self.waiting = Waiting()
         self.queues = Queues()
         self.counts: Counter[str] = Counter()
 
@@ -27,12 +34,16 @@ class Board:
             return True
         return any(a.may_serve(key, now, self.limits) for a in self.agents.values())
 
-    def give_up(self, job: Job, now: float) -> None:
-        """Takes a job out of its queue with the reason why nobody took it."""
+    def ready(self, key: Key, now: float) -> bool:
+        """Whether an agent serves it now, busy or not."""
+        return any(a.key == key and a.may_serve(key, now, self.limits) for a in self.agents.values())
+
+    def give_up(self, job: Job, ready: bool, now: float) -> None:
+        """Takes a job out of its queue with the reason why nobody took it. `ready`: of its key."""
         self.queues.remove(job)
         if now >= job.deadline:
             outcome = failure("deadline", "the request took longer than its deadline")
-        elif any(a.key == job.key and a.may_serve(job.key, now, self.limits) for a in self.agents.values()):
+        elif ready:
             outcome = failure("capacity_exceeded", f"no slot came free within {self.limits.queue_wait:g} s")
         else:
             outcome = failure("endpoint_inactive", f"no agent that serves {job.model!r} is ready")
@@ -48,36 +59,40 @@ class Board:
         waiting = self.queues.length(agent.key) if agent.key else 0
         if not waiting:
             return agent.room
-        rooms = sum(a.room for a in self.agents.values() if a.key == agent.key and a.silent(now) < SOON)
-        return min(agent.room, math.ceil(waiting * agent.room / max(1, rooms)))
+        most = waiting * agent.room  # with so much room in all, nobody gets more than one
+        rooms = 0
+        for other in self.agents.values():
+            if other.room and other.key == agent.key and other.silent(now) < SOON:
+                rooms += other.room
+                if rooms >= most:
+                    break
+        return min(agent.room, math.ceil(most / max(1, rooms)))
 
     def place(self, key: Key, now: float) -> None:
         """Leases waiting jobs to the least loaded of the agents whose held polls have room."""
-        if not self.queues.length(key):
+        if not self.queues.length(key) or self.waiting.first(key) is None:
             return
-        able = [a for a in self.agents.values() if a.poll is not None and a.poll.room > 0 and a.key == key]
-        for job in self.queues.jobs(key) if able else ():
-            agent = self._choose(job, able, now)
-            if agent is None or agent.poll is None:
-                continue
-            self._grant(agent, agent.poll, job, now)
-            able = [a for a in able if a.poll is not None and a.poll.room > 0]
-            if not able:
+        for job in self.queues.jobs(key):
+            if (poll := self._choose(job, now)) is not None:
+                self._grant(poll, job, now)
+            elif self.waiting.first(key) is None:
                 return
 
-    def _choose(self, job: Job, able: list[Agent], now: float) -> Agent | None:
-        fresh = [a for a in able if a.id not in job.tried] if job.tried else able
-        if not fresh and now - job.queued_since < ELSEWHERE:
+    def _choose(self, job: Job, now: float) -> Poll | None:
+        poll = self.waiting.first(job.key, job.tried)
+        if poll is None and now - job.queued_since < ELSEWHERE:
             others = (a for a in self.agents.values() if a.id not in job.tried)
             if any(a.may_serve(job.key, now, self.limits) for a in others):
                 return None
-        return min(fresh or able, key=lambda a: a.busy)
+        return poll or self.waiting.first(job.key)
 
-    def _grant(self, agent: Agent, poll: Poll, job: Job, now: float) -> None:
+    def _grant(self, poll: Poll, job: Job, now: float) -> None:
         self.queues.remove(job)
+        agent = poll.agent
         grant = Grant(agent.next_lease, agent.id, job, poll.n, now + self.limits.ttl, self.limits.window)
         agent.next_lease += 1
         agent.grants[grant.id] = job.grant = grant
+        self.leased[agent] = None
         job.tried.add(agent.id)
         self.put_in(poll, grant)
         self.counts["leases"] += 1
@@ -87,10 +102,21 @@ class Board:
         poll.grants.append(grant)
         poll.room -= 1
         poll.agent.room -= 1
+        self.waiting.offer(poll)
+
+    def drop(self, agent: Agent, grant: Grant) -> None:
+        """The agent has this lease no more, and is less busy."""
+        agent.grants.pop(grant.id, None)
+        self.offer(agent)
+
+    def offer(self, agent: Agent) -> None:
+        """To be called when an agent has become less busy, or takes other work."""
+        if agent.poll is not None:
+            self.waiting.offer(agent.poll)
 
     def take_back(self, agent: Agent, grant: Grant, now: float) -> None:
         """A lease that was never received: its job is first in the queue again, as if nothing had been."""
-        agent.grants.pop(grant.id, None)
+        self.drop(agent, grant)
         if grant.job.live and not grant.cancel:
             grant.job.tried.discard(agent.id)
             grant.job.start_over()
@@ -119,7 +145,7 @@ class Board:
         agent.poll.grants.remove(grant)
         agent.poll.room += 1
         agent.room += 1
-        agent.grants.pop(grant.id)
+        self.drop(agent, grant)
         if agent.key is not None:
             self.place(agent.key, now)
 

@@ -1,6 +1,7 @@
 """One connection of the router: HTTP/1.1 by hypercorn's protocol, over a stream that is read and written here."""
 
 import math
+import os
 from typing import Any
 
 import h11
@@ -10,7 +11,7 @@ from hypercorn.events import Closed, Event, RawData, Updated
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.worker_context import WorkerContext
-from hypercorn.typing import ConnectionState
+from hypercorn.typing import ConnectionState, H11SendableEvent
 from hypercorn.utils import parse_socket_addr
 
 Stream = trio.SocketStream | trio.SSLStream[trio.SocketStream]
@@ -23,6 +24,8 @@ EARLY = 64 * 1024  # of further requests, kept while one is being answered
 class _Http1(H11Protocol):
     """Never switches to another protocol: HTTP/2 and WebSockets are not served, and their code is not reached."""
 
+    head = b""
+
     async def _check_protocol(self, event: h11.Request) -> None:
         if event.http_version not in (b"1.0", b"1.1"):
             await self._send_error_response(505)
@@ -30,10 +33,25 @@ class _Http1(H11Protocol):
 
     async def _create_stream(self, request: h11.Request) -> None:
         headers = [(name, value) for name, value in request.headers if name != b"upgrade"]
-        plain = h11.Request(
-            method=request.method, target=request.target, headers=headers, http_version=request.http_version
-        )
-        await super()._create_stream(plain)
+        if len(headers) != len(request.headers):
+            request = h11.Request(
+                method=request.method, target=request.target, headers=headers, http_version=request.http_version
+            )
+        await super()._create_stream(request)
+
+    async def _send_h11_event(self, event: H11SendableEvent) -> None:
+        """The head of a reply waits for what follows it, so that the two are one write and one packet."""
+        try:
+            data = self.connection.send(event) or b""
+        except h11.LocalProtocolError:
+            if self.connection.their_state != h11.ERROR:
+                raise
+            return
+        if isinstance(event, h11.Response):
+            self.head = data
+        elif data or self.head:
+            head, self.head = self.head, b""
+            await self.send(RawData(head + data))
 
 
 class Connection:
@@ -102,13 +120,29 @@ class Connection:
             self._reading.cancel()
         elif isinstance(event, RawData):
             try:
+                done = self._write(event.data)
+                if done == len(event.data):
+                    return
                 async with self._sending:
-                    for start in range(0, len(event.data), SLICE):
+                    for start in range(done, len(event.data), SLICE):
                         with trio.fail_after(self._patience):
                             await self._stream.send_all(event.data[start : start + SLICE])
             except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
                 self._reading.cancel()
                 await trio.aclose_forcefully(self._stream)
+
+    def _write(self, data: bytes) -> int:
+        """How many bytes the kernel takes at once: mostly all, and then there is nothing to wait for and no time limit
+        to set up, which would cost as much again. Raises trio.BrokenResourceError.
+        """
+        if isinstance(self._stream, trio.SSLStream) or self._sending.locked():
+            return 0
+        try:
+            return os.write(self._stream.socket.fileno(), data)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise trio.BrokenResourceError from error
 
     # The protocol waits for these when a client sends its next request before it has its answer. Such a client is
     # still watched: when it leaves, nobody waits for that answer.

@@ -138,6 +138,7 @@ class Dispatch:
         agent.poll = poll
         if agent.key is not None:
             poll.room = min(poll.room, self.board.share(agent, now))
+            self.board.offer(agent)
             self.board.place(agent.key, now)
         return poll
 
@@ -195,6 +196,7 @@ class Dispatch:
         agent = self.agents.get(agent_id)
         if agent is not None and (agent.duty, agent.serves) != (duty, serves):
             agent.duty, agent.serves = duty, serves
+            self.board.offer(agent)
             self.board.wake(agent_id)
             if agent.key is not None:
                 self.board.place(agent.key, now)
@@ -217,7 +219,9 @@ class Dispatch:
     def tick(self, now: float) -> None:
         """To be called a few times a second: lapsed leases, deadlines, waits that are over, replies that got lost."""
         repeat = self.limits.repeat
-        for agent in self.agents.values():
+        for agent in list(self.board.leased):
+            if not agent.grants:
+                del self.board.leased[agent]
             for grant in list(agent.grants.values()):
                 if now >= grant.expires and not (agent.poll is not None and grant.id in agent.poll.held):
                     settle.lost(self.board, agent, grant, "the agent was not heard of any more", now)
@@ -231,10 +235,12 @@ class Dispatch:
         for key in self.board.queues.waiting():
             jobs = self.board.queues.jobs(key)
             hope = {e: self.board.hope(key, e, now) for e in {job.expected for job in jobs}}
+            ready: bool | None = None
             for job in jobs:
                 over = now - job.queued_since >= self.limits.queue_wait or now >= job.deadline
                 if over or not hope[job.expected]:
-                    self.board.give_up(job, now)
+                    ready = self.board.ready(key, now) if ready is None else ready
+                    self.board.give_up(job, ready, now)
             self.board.place(key, now)
 
     def statistics(self) -> DispatchStatistics:

@@ -116,12 +116,13 @@ def standing(db: sqlite3.Connection, agent_id: str, jti: str | None = None) -> s
     Raises Problem 410 when it was removed, 401 when its credential was revoked. That concerns all that one family of
     refresh tokens gave out, at once and not only when the tokens expire.
     """
-    agent = row(db, "SELECT state, family, family_revoked FROM agents WHERE agent_id=?", (agent_id,))
-    if agent is None or agent["state"] == "removed":
+    query = "SELECT state, family, family_revoked FROM agents WHERE agent_id=?"
+    state, family, revoked = db.execute(query, (agent_id,)).fetchone() or ("removed", 0, None)
+    if state == "removed":
         raise Problem(410, "agent_removed", "the agent was removed from this router")
-    if agent["family_revoked"] is not None or (jti is not None and jti.partition(".")[0] != str(agent["family"])):
+    if revoked is not None or (jti is not None and jti.partition(".")[0] != str(family)):
         raise Problem(401, "token_invalid", "the token was revoked")
-    return str(agent["state"])
+    return str(state)
 
 
 def _enroll_request(body: Mapping[str, Any], proof: Proof) -> dict[str, Any]:

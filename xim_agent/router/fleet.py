@@ -15,7 +15,10 @@ MAX_LEASES = 65536
 
 @dataclass(eq=False)
 class Poll:
-    """A poll being answered; leases put into it count once it is answered. `closed`: nothing is put in any more."""
+    """A poll being answered; leases put into it count once it is answered.
+
+    `closed`: nothing is put in any more. `turn`: its place among the waiting ones.
+    """
 
     agent: "Agent"
     n: int
@@ -26,6 +29,7 @@ class Poll:
     grants: list[Grant] = field(default_factory=list)
     foreign: list[int] = field(default_factory=list)
     closed: bool = False
+    turn: int = -1
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from xim_agent import PROTOCOL
 from xim_agent.mesh import codec
 from xim_agent.mesh.content import pack
 from xim_agent.mesh.messages import Head
+from xim_agent.router.incoming import Gone, Incoming
 from xim_agent.router.jobs import Outcome
 from xim_agent.router.tokens import Problem
 
@@ -119,8 +120,26 @@ async def not_found(scope: Scope, receive: Receive, send: Send) -> None:
     """For every path that is not served."""
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1000})
-    elif "xim-protocol" in Headers(scope=scope):
+    elif _by_agent(scope):
         problem = Problem(404, "not_found", "there is nothing at this path")
         await problem_response(problem)(scope, receive, with_protocol(send))
     else:
         await ApiError(404, "not_found", f"there is nothing at {scope['path']:.200}").response()(scope, receive, send)
+
+
+async def full(scope: Scope, receive: Receive, send: Send) -> None:
+    """For every caller while there are too many connections: this one is closed."""
+    try:
+        await Incoming(receive).discard()
+    except Gone:
+        return
+    text = "as many connections are open as this router may have; try again"
+    agent = _by_agent(scope)
+    error = Problem(503, "router_full", text, retry_after=5) if agent else ApiError(503, "router_full", text, 5)
+    response = error_response(error)
+    response.headers["connection"] = "close"
+    await response(scope, receive, with_protocol(send) if agent else send)
+
+
+def _by_agent(scope: Scope) -> bool:
+    return "xim-protocol" in Headers(scope=scope)

@@ -2,7 +2,9 @@
 
 import ipaddress
 import logging
+import resource
 import ssl
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +15,31 @@ from hypercorn.config import Config as ServerConfig
 
 from xim_agent.errors import AgentError, Exit
 from xim_agent.router.connection import Connection
+from xim_agent.router.replies import full
 
 log = logging.getLogger("xim_agent.router")
 
 PATIENCE_SECONDS = 60.0
+MOST_FILES = 1_048_576  # what the kernel itself allows a process by default
+RESERVED = 64  # open files that are no connections: the database, listeners, chunks that are being sent
+TOLD = 32  # connections over the limit that are told so; they take from RESERVED, more of them are closed at once
+WARN_SECONDS = 60.0
 _BROKEN = (h11.ProtocolError, trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError, OSError)
 
 
 class Server:
-    """hypercorn's HTTP/1.1 for single connections: its own `serve` waits for clients that do not read, for ever."""
+    """hypercorn's HTTP/1.1 for single connections: its own `serve` waits for clients that do not read, for ever.
 
-    def __init__(self, app: Any, patience: float = PATIENCE_SECONDS) -> None:
+    `most`: connections at once; those that come then are refused, and those that are there go on.
+    """
+
+    def __init__(self, app: Any, patience: float = PATIENCE_SECONDS, most: int | None = None) -> None:
         self._app = ASGIWrapper(app)
+        refuse: Any = full
+        self._full = ASGIWrapper(refuse)
+        self._most = max(TOLD, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - RESERVED) if most is None else most
+        self._open = 0
+        self._warned = float("-inf")
         self._patience = patience
         self._config = ServerConfig()
         self._config.keep_alive_timeout = 75.0
@@ -33,13 +48,38 @@ class Server:
 
     async def connection(self, stream: Any) -> None:
         """Until either side closes it, or it is cancelled. What goes wrong on a connection ends that connection."""
+        app = self._app
+        if self._open >= self._most:
+            self._warn()
+            app = self._full
+            if self._open >= self._most + TOLD:
+                await trio.aclose_forcefully(stream)
+                return
+        self._open += 1
         try:
-            await Connection(self._app, self._config, stream, self._patience).run()
+            await Connection(app, self._config, stream, self._patience).run()
         except* _BROKEN as group:
             log.debug("connection broke", extra={"error": repr(group.exceptions[0])})
         except* Exception:
             # Anybody may connect: a mistake of ours that one caller finds must not end the service for the others.
             log.exception("connection failed")
+        finally:
+            self._open -= 1
+
+    def _warn(self) -> None:
+        """Not for every caller: those that are refused come back every few seconds."""
+        if trio.current_time() - self._warned >= WARN_SECONDS:
+            self._warned = trio.current_time()
+            hint = "raise the limit on open files: LimitNOFILE= of systemd, --ulimit nofile= of docker, `ulimit -Hn`"
+            log.warning("connections are refused: as many are open as may be", extra={"open": self._open, "hint": hint})
+
+
+def raise_file_limit() -> None:
+    """Every agent and every client takes one or two open files, and 1024 are usual until a process asks for more."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    with suppress(ValueError, OSError):  # what there is must do then
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def parse_listen(listen: str) -> tuple[str, int]:

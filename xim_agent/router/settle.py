@@ -57,7 +57,7 @@ def cancels(agent: Agent, now: float) -> list[int]:
 
 def lost(board: Board, agent: Agent, grant: Grant, why: str, now: float, retry: bool = True) -> None:
     """Ends a lease from this side; whatever comes for it later is `unknown`."""
-    agent.grants.pop(grant.id, None)
+    board.drop(agent, grant)
     job = grant.job
     if job.live:
         outcome = failure("engine_lost", why)
@@ -80,6 +80,7 @@ def _frame(board: Board, agent: Agent, grant: Grant, seq: int, payload: Payload 
             grant.job.head = ready
         else:
             agent.finish(grant)
+            board.offer(agent)
             _ending(board, grant, ready, now)
             return
 

@@ -1,0 +1,151 @@
+"""How many connections a router holds, what happens to the next one, and how replies leave."""
+
+import logging
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import trio
+from fakes.agent import Bench, FakeAgent, until
+
+from xim_agent.router.server import MOST_FILES, TOLD, Server, raise_file_limit
+
+MOST = 2
+
+
+@pytest.fixture
+async def port(bench: Bench, nursery: trio.Nursery) -> AsyncIterator[int]:
+    """Of the same router behind a server that holds MOST connections."""
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    nursery.start_soon(trio.serve_listeners, Server(bench.router, most=MOST).connection, [listener])
+    yield listener.socket.getsockname()[1]
+    nursery.cancel_scope.cancel()
+
+
+async def ask(stream: trio.SocketStream, fields: str = "") -> str:
+    """One reply, head and body, which come in one piece."""
+    await stream.send_all(f"GET /v1/models HTTP/1.1\r\nhost: x\r\n{fields}\r\n".encode())
+    with trio.fail_after(10):
+        return (await stream.receive_some()).decode()
+
+
+async def test_one_connection_too_many(bench: Bench, port: int, caplog: pytest.LogCaptureFixture) -> None:
+    there = [await trio.open_tcp_stream("127.0.0.1", port) for _ in range(MOST)]
+    key = f"authorization: Bearer {bench.api_key}\r\n"
+    for stream in there:
+        assert (await ask(stream, key)).startswith("HTTP/1.1 200")
+    with caplog.at_level(logging.WARNING, "xim_agent.router"):
+        for fields, kind in (("", '"error": {'), ("xim-protocol: 1\r\n", '"status": 503')):
+            async with await trio.open_tcp_stream("127.0.0.1", port) as late:
+                reply = await ask(late, fields)
+                assert reply.startswith("HTTP/1.1 503")
+                assert '"code": "router_full"' in reply
+                assert "retry-after: 5" in reply
+                assert kind in reply
+                assert await late.receive_some() == b"", "it is closed"
+    assert [record.getMessage() for record in caplog.records] == ["connections are refused: as many are open as may be"]
+    for stream in there:
+        assert (await ask(stream, key)).startswith("HTTP/1.1 200"), "those that were there go on"
+    await there.pop().aclose()
+    async with there.pop(), await trio.open_tcp_stream("127.0.0.1", port) as late:
+        with trio.fail_after(10):
+            while (reply := await ask(late, key)).startswith("HTTP/1.1 503"):
+                late = await trio.open_tcp_stream("127.0.0.1", port)
+        assert reply.startswith("HTTP/1.1 200"), "there is room again"
+        await late.aclose()
+
+
+async def test_connections_that_say_nothing_do_not_use_up_the_reserve(port: int) -> None:
+    idle = [await trio.open_tcp_stream("127.0.0.1", port) for _ in range(MOST + TOLD)]
+    async with await trio.open_tcp_stream("127.0.0.1", port) as late:
+        with trio.fail_after(10):
+            try:
+                assert await late.receive_some() == b""
+            except trio.BrokenResourceError:
+                pass
+    for stream in idle:
+        await stream.aclose()
+
+
+def test_more_open_files_than_usual() -> None:
+    before = soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 512), hard))
+        raise_file_limit()
+        most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (most, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_serving_router_may_open_more_files(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "xim_agent", "router", "serve", "--listen", "127.0.0.1:0", "--data", str(tmp_path)]
+    command = ["bash", "-c", 'ulimit -Sn 300; exec "$@"', "limited", *words]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        try:
+            while "listening" not in (line := process.stderr.readline()):
+                assert line, "it ended"
+            limits = Path(f"/proc/{process.pid}/limits").read_text()
+        finally:
+            process.terminate()
+    (row,) = (line.split() for line in limits.splitlines() if line.startswith("Max open files"))
+    assert int(row[3]) == min(int(row[4]), MOST_FILES)
+
+
+async def test_a_reply_is_one_write(agent: FakeAgent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Head and body: two writes cost as much again as all the rest of a short call."""
+    await agent.poll()
+    sizes: list[int] = []
+    write = os.write
+
+    def counted(file: int, data: bytes) -> int:
+        if data.startswith(b"HTTP/1.1") or sizes:
+            sizes.append(len(data))
+        return write(file, data)
+
+    host, _, number = agent.url.removeprefix("http://").partition(":")
+    async with await trio.open_tcp_stream(host, int(number)) as stream:
+        monkeypatch.setattr(os, "write", counted)
+        fields = f"xim-protocol: 1\r\nauthorization: Bearer {agent.token}\r\n\r\n"
+        await stream.send_all(b"GET /v1/assignment HTTP/1.1\r\nhost: x\r\n" + fields.encode())
+        with trio.fail_after(10):
+            reply = await stream.receive_some()
+        monkeypatch.undo()
+    head, _, body = reply.partition(b"\r\n\r\n")
+    assert f"content-length: {len(body)}".encode() in head
+    assert sizes == [len(reply)]
+
+
+async def test_a_large_reply_to_a_slow_reader_is_whole(bench: Bench) -> None:
+    """More than the kernel takes at once: the rest is waited for, in order."""
+    agent = await bench.agent()
+    port = int(bench.url.rpartition(":")[2])
+    body = bytes(range(256)) * 40_000
+    async with trio.open_nursery() as nursery:
+
+        async def serve() -> None:
+            lease = (await agent.take())["id"]
+            size, seq = 200_000, 0
+            kind = {"status": 200, "headers": {"content-type": "application/json"}}
+            await agent.events(lease, [[0, "head", kind]])
+            for seq, at in enumerate(range(0, len(body), size), 1):
+                await agent.events(lease, [[seq, "data", body[at : at + size]]])
+            ending = {"reason": "complete", "bytes": len(body), "chunks": seq, "ttft_ms": 1, "duration_ms": 1}
+            await agent.events(lease, [[seq + 1, "end", ending]])
+
+        nursery.start_soon(serve)
+        async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+            ask = b'{"model":"toy"}'
+            fields = f"host: x\r\nauthorization: Bearer {bench.api_key}\r\ncontent-length: {len(ask)}\r\n\r\n"
+            await stream.send_all(b"POST /v1/completions HTTP/1.1\r\n" + fields.encode() + ask)
+            got = bytearray()
+            with trio.fail_after(30):
+                while not got.endswith(body[-256:]) or len(got) < len(body):
+                    got += await stream.receive_some(32_768)
+            assert got.partition(b"\r\n\r\n")[2] == body
+    await until(lambda: not bench.router.dispatch.statistics().running)
