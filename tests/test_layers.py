@@ -19,7 +19,7 @@ PURE = {
     *("engine.facts", "engine.budget", "engine.sizing", "engine.arguments", "engine.command", "engine.state"),
     *("engine.failures", "engine.salt"),
     *("engine.liveness", "engine.poison", "hardware.memory"),
-    *("work.lease", "work.outbox", "work.capacity", "mesh.messages", "mesh.codec", "metrics.names"),
+    *("work.lease", "work.outbox", "work.capacity", "mesh.messages", "mesh.codec", "mesh.trace", "metrics.names"),
     *("router.tokens", "router.dispatch"),
 }
 IMPURE_STDLIB = {

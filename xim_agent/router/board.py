@@ -78,6 +78,7 @@ class Board:
         grant = Grant(agent.next_lease, agent.id, job, poll.n, now + self.limits.ttl, self.limits.window)
         agent.next_lease += 1
         agent.grants[grant.id] = job.grant = grant
+        job.granted_at = now
         job.tried.add(agent.id)
         self.put_in(poll, grant)
         self.counts["leases"] += 1

@@ -4,7 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import trio
 from msgspec import Raw
@@ -58,6 +58,7 @@ class Sender:
         self._spool = spool
         self._outbox = Outbox()
         self._running: dict[int, Outgoing] = {}
+        self._hops: dict[int, tuple[Outgoing, dict[str, Any]]] = {}  # for the log, until acknowledged
         self._changed = Watch()
         self._turn = trio.Lock()
         self._wake = trio.Event()
@@ -101,16 +102,25 @@ class Sender:
             log.info("lease dropped, the router does not know it", extra={"lease": lease})
         if (out := self._running.get(lease)) is not None:
             out.abort("unknown")
-        self._settle(lease)
+        self._settle(lease, acknowledged=False)
 
-    def _settle(self, lease: int) -> None:
+    def _settle(self, lease: int, acknowledged: bool = True) -> None:
         self.leases.settle(lease)
+        if (over := self._hops.pop(lease, None)) is not None:
+            out, hops = over
+            when = out.since_received(trio.current_time()) if acknowledged else None
+            log.debug("request", extra=hops | {"acknowledged_ms": when})
         self._changed.bump()
 
     def _done(self, out: Outgoing, name: str) -> None:
         del self._running[out.id]
         self._ended[name] += 1
-        log.debug("request over", extra={"request": out.request, "ending": name})
+        if log.isEnabledFor(logging.DEBUG):
+            hops = out.hops() | {"ending": name}
+            if name == "unknown":  # nothing is acknowledged any more
+                log.debug("request", extra=hops | {"acknowledged_ms": None})
+            else:
+                self._hops[out.id] = out, hops
         self._changed.bump()
         self.freed()
 
