@@ -48,7 +48,7 @@ FILE_IO = {
 CLOCKS = {"now", "today", "utcnow"}  # of datetime
 
 SHARED = {"errors", "outcome", "backoff", "clock", "watch", "health", "files", "text", "prctl", "log"}
-WIRING = {"agent", "assemble", "__main__"}
+WIRING = {"agent", "assemble", "outside", "__main__"}
 NURSERIES = {
     *("agent", "cli.local", "cli.router", "cli.run", "engine.process", "cache.download", "cache.service"),
     *("work.sender", "metrics.server", "control.server", "router.app"),

@@ -10,7 +10,8 @@ GOOD = f"00-{TRACE}-{SPAN}-01"
 BAD = [
     "", "d", f"00-{TRACE}-{SPAN}", f"00-{TRACE}-{SPAN}-01-", f"00-{TRACE}-{SPAN}-01-x", f"ff-{TRACE}-{SPAN}-01",
     f"00-{'0' * 32}-{SPAN}-01", f"00-{TRACE}-{'0' * 16}-01", GOOD.upper(), f"{GOOD}\n", f" {GOOD}",
-    GOOD.replace("b", "g"), f"cc-{TRACE}-{SPAN}-01{'-' + 'x' * 300}", f"cc-{TRACE}-{SPAN}-01x", GOOD.replace("0af", "\u0660af"),
+    GOOD.replace("b", "g"), f"cc-{TRACE}-{SPAN}-01{'-' + 'x' * 300}", f"cc-{TRACE}-{SPAN}-01x",
+    GOOD.replace("0af", "\u0660af"),
 ]  # fmt: skip
 
 

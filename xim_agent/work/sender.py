@@ -32,6 +32,16 @@ class EventsTransport(Protocol):
 
 
 @dataclass(frozen=True)
+class Running:
+    """A request; `bytes` of its answer so far."""
+
+    request: str
+    path: str
+    seconds: float
+    bytes: int
+
+
+@dataclass(frozen=True)
 class SenderStatistics:
     """`ended` by reason or error code; `running`: leases whose request is not over; `held`: not acknowledged yet."""
 
@@ -43,6 +53,7 @@ class SenderStatistics:
     calls: int
     failed_calls: int
     oldest_running_seconds: float
+    longest: Running | None
     outbox: OutboxStatistics
 
 
@@ -123,6 +134,15 @@ class Sender:
                 self._hops[out.id] = out, hops
         self._changed.bump()
         self.freed()
+
+    def _longest(self) -> Running | None:
+        out = min(self._running.values(), key=lambda out: out.received, default=None)
+        seconds = 0.0 if out is None else trio.current_time() - out.received
+        return None if out is None else Running(out.request, out.path, seconds, out.sent)
+
+    def remains(self) -> dict[str, int]:
+        """For the log of a stop: requests that run, and leases whose ending is not acknowledged."""
+        return {"requests": self.running, "leases": len(self.leases)}
 
     async def wait_idle(self) -> None:
         """Until no request runs."""
@@ -243,7 +263,7 @@ class Sender:
                 return
 
     def statistics(self) -> SenderStatistics:
-        now = trio.current_time()
+        longest = self._longest()
         return SenderStatistics(
             accepted=self._accepted,
             refused=self._refused,
@@ -252,6 +272,7 @@ class Sender:
             held=len(self.leases),
             calls=self._calls,
             failed_calls=self._failed_calls,
-            oldest_running_seconds=max((now - out.received for out in self._running.values()), default=0.0),
+            oldest_running_seconds=longest.seconds if longest else 0.0,
+            longest=longest,
             outbox=self._outbox.statistics(),
         )
