@@ -10,8 +10,7 @@
        ├─ work.poller                 heartbeat and intake; starts requests in WORK; polls until SERVICES is cancelled
        └─ WORK                        gets its deadline when a stop is asked for
 
-Stop: capacity closed and told → WORK empties or meets its deadline → endings flushed → engine stopped → SERVICES
-cancelled.
+Stop: capacity closed, told → WORK empties or meets its deadline → endings flushed → engine stopped → SERVICES cancelled.
 """
 
 import logging
@@ -96,8 +95,9 @@ async def run(
                 with trio.move_on_after(TELL_SECONDS):
                     await parts.poller.told_draining()
                 _phase(parts, "2/4: requests finish", parts.drain_seconds)
-                work.cancel_scope.deadline = trio.current_time() + parts.drain_seconds
-                services.start_soon(_remains, parts, work.cancel_scope)
+                deadline = trio.current_time() + parts.drain_seconds
+                work.cancel_scope.deadline = deadline
+                services.start_soon(_remains, parts, deadline)
             _phase(parts, "3/4: the last endings are sent", FLUSH_SECONDS)
             with trio.move_on_after(FLUSH_SECONDS):
                 await parts.sender.flushed()
@@ -113,8 +113,8 @@ def _phase(parts: Parts, what: str, seconds: float) -> None:
     log.info(f"drain {what}", extra={**parts.sender.remains(), "seconds_at_most": round(seconds)})
 
 
-async def _remains(parts: Parts, work: trio.CancelScope) -> None:
+async def _remains(parts: Parts, deadline: float) -> None:
     while parts.sender.remains()["requests"]:
         await trio.sleep(REMAINS_EVERY_SECONDS)
         if (found := parts.sender.remains())["requests"]:
-            log.info("drain goes on", extra={**found, "seconds_left": round(work.deadline - trio.current_time())})
+            log.info("drain goes on", extra={**found, "seconds_left": round(deadline - trio.current_time())})
