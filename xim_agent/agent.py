@@ -10,7 +10,7 @@
        ├─ work.poller                 heartbeat and intake; starts requests in WORK; polls until SERVICES is cancelled
        └─ WORK                        gets its deadline when a stop is asked for
 
-Stop: capacity closed, told → WORK empties or meets its deadline → endings flushed → engine stopped → SERVICES cancelled.
+Stop: closed and told → WORK empties or meets its deadline → endings flushed → engine stopped → SERVICES cancelled.
 """
 
 import logging
