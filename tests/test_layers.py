@@ -19,7 +19,7 @@ PURE = {
     *("engine.facts", "engine.budget", "engine.sizing", "engine.arguments", "engine.command", "engine.state"),
     *("engine.failures", "engine.salt"),
     *("engine.liveness", "engine.poison", "hardware.memory"),
-    *("work.lease", "work.outbox", "work.capacity", "mesh.messages", "mesh.codec", "metrics.names"),
+    *("work.lease", "work.outbox", "work.capacity", "mesh.messages", "mesh.codec", "mesh.trace", "metrics.names"),
     *("router.tokens", "router.dispatch"),
 }
 IMPURE_STDLIB = {
@@ -48,7 +48,7 @@ FILE_IO = {
 CLOCKS = {"now", "today", "utcnow"}  # of datetime
 
 SHARED = {"errors", "outcome", "backoff", "clock", "watch", "health", "files", "text", "prctl", "log"}
-WIRING = {"agent", "assemble", "__main__"}
+WIRING = {"agent", "assemble", "outside", "__main__"}
 NURSERIES = {
     *("agent", "cli.local", "cli.router", "cli.run", "engine.process", "cache.download", "cache.service"),
     *("work.sender", "metrics.server", "control.server", "router.app"),

@@ -5,27 +5,21 @@ import os
 import platform
 import secrets
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import trio
 
-from xim_agent import PROTOCOL, __version__, agent
+from xim_agent import __version__, agent, outside
 from xim_agent.assignment.service import AssignmentService
-from xim_agent.cache.admin import Commands
-from xim_agent.cache.claim import announce
-from xim_agent.cache.control import calls
 from xim_agent.cache.service import Cache
 from xim_agent.clock import Clock, SystemClock
 from xim_agent.config import sources
-from xim_agent.config.config import describe
 from xim_agent.config.fields import Config
-from xim_agent.config.paths import control_name, runtime_directory
-from xim_agent.control.server import ControlServer
+from xim_agent.config.paths import runtime_directory
 from xim_agent.engine.environment import gpu_environment
 from xim_agent.engine.guard import Guard
 from xim_agent.engine.service import EngineService
@@ -38,11 +32,9 @@ from xim_agent.health import Health
 from xim_agent.identity.join_key import JoinKey, parse_router_url
 from xim_agent.identity.service import IdentityService
 from xim_agent.identity.store import LOCK, StateStore
-from xim_agent.log import redact
 from xim_agent.mesh.client import RouterClient
-from xim_agent.metrics.registry import Collector
-from xim_agent.metrics.server import MetricsServer
 from xim_agent.outcome import SKEW_SECONDS, Action, RouterError
+from xim_agent.outside import Agent
 from xim_agent.watch import Changed
 from xim_agent.work.link import Link
 from xim_agent.work.poller import Poller
@@ -53,42 +45,8 @@ log = logging.getLogger("xim_agent")
 
 GB = 10**9
 
-
 # The guard of a killed agent keeps the lock until it has cleaned up, which takes it at most 10 s.
 LOCK_SECONDS = 15.0
-# A poll is held for 25 s at most.
-SILENT_SECONDS = 60.0
-
-
-@dataclass(frozen=True)
-class Agent:
-    """One agent, wired."""
-
-    parts: agent.Parts
-    identity: IdentityService
-    cache: Cache
-    assignment: AssignmentService
-    engine: EngineService
-    poller: Poller
-    health: Health
-
-    def reasons(self) -> list[str]:
-        """Why this agent is not ready: link up, engine proven, not draining; empty when it is."""
-        work, now = self.poller.statistics(), SystemClock().now()
-        reasons = [] if work.link_up else ["link: the router has not answered the last poll"]
-        if work.link_up and now - (work.last_poll or now) > SILENT_SECONDS:
-            reasons.append("link: no poll was answered for a minute")
-        if (self.identity.statistics().token_expires or 0) < now:
-            reasons.append("identity: there is no valid token")
-        if not self.engine.ready:
-            reasons.append("engine: no model is proven to answer yet")
-        if work.draining:
-            reasons.append("draining: a stop or a drain was asked for")
-        if work.suspended:
-            reasons.append("suspended: the router lets this agent take no work")
-        if reasons:
-            reasons += self.health.sentences()
-        return reasons
 
 
 def agent_info(config: Config) -> dict[str, Any]:
@@ -239,58 +197,10 @@ def _wire(
     identity.outdated = assignment.again
     changed.listener = health.on_change = poller.changed
     made = Agent(
-        identity=identity, cache=cache, assignment=assignment, engine=engine, poller=poller, health=health,
-        parts=agent.Parts(
+        identity=identity, cache=cache, assignment=assignment, engine=engine, poller=poller, sender=sender,
+        health=health, parts=agent.Parts(
             identity=identity, engine=engine, assignment=assignment, poller=poller, sender=sender,
             listeners=(cache.watch, cards.run), drain_seconds=config.drain_timeout_seconds,
         ),
     )  # fmt: skip
-    return _with_metrics(_with_control(made, config), config, clock, router)
-
-
-@dataclass(frozen=True)
-class Process:
-    version: str
-    protocol: int
-    started: float
-
-
-def _with_metrics(made: Agent, config: Config, clock: Clock, router: RouterClient) -> Agent:
-    if config.disable_metrics_server:
-        return made
-    process = Process(__version__, PROTOCOL, clock.now())
-    statistics: dict[str, Callable[[], Any]] = {
-        "identity": made.identity.statistics,
-        "work": made.poller.statistics,
-        "mesh": router.statistics,
-        "cache": made.cache.statistics,
-        "assignment": made.assignment.statistics,
-        "engine": made.engine.statistics,
-    }
-    collector = Collector(
-        statistics | {"agent": lambda: process, "health": lambda: {c.code: 1 for c in made.health.conditions()}}
-    )
-    server = MetricsServer(
-        collect=collector.text,
-        ready=made.reasons,
-        status=lambda: {
-            "agent": process,
-            "config": describe(config),
-            "not_ready": made.reasons(),
-            "health": made.health.report(),
-            **{name: report() for name, report in statistics.items()},
-        },
-        engine_text=made.engine.metrics_text,
-        redact=redact,
-    )
-    listen = partial(server.run, config.metrics_host, config.metrics_port)
-    return replace(made, parts=replace(made.parts, listeners=(*made.parts.listeners, listen)))
-
-
-def _with_control(made: Agent, config: Config) -> Agent:
-    """Operators' commands. The cache is ours alone, so a socket that is named by it is too."""
-    store = made.cache.store
-    name = control_name(store.root)
-    path = runtime_directory(config.config_path, os.environ) / name
-    server = ControlServer(path, calls(Commands(made.cache, agent=True)), partial(announce, store.lock))
-    return replace(made, parts=replace(made.parts, listeners=(*made.parts.listeners, server.run)))
+    return outside.reachable(made, config, clock, router)

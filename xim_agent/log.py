@@ -9,7 +9,7 @@ from typing import IO, Any
 from urllib.parse import quote
 
 TRACE = 5
-_LEVELS = {"trace": TRACE, "debug": 10, "info": 20, "warning": 30, "error": 40}
+LEVELS = {"trace": TRACE, "debug": 10, "info": 20, "warning": 30, "error": 40}
 _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
 # User and password in a URL: of proxies, databases, collectors.
 _USERINFO = re.compile(r"(?<=://)[^\s/?#@\"'<>]+(?=@)")
@@ -87,7 +87,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def set_level(level: str) -> None:
-    logging.getLogger("xim_agent").setLevel(_LEVELS[level])
+    logging.getLogger("xim_agent").setLevel(LEVELS[level])
 
 
 def setup(level: str = "info", form: str = "auto", stream: IO[str] | None = None) -> None:

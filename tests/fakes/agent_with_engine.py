@@ -33,6 +33,9 @@ class Idle:
     def spool(self) -> None:
         return
 
+    def remains(self) -> dict[str, int]:
+        return {"requests": 0, "leases": 0}
+
 
 class Assignment:
     def __init__(self, bench: Bench, engine: EngineService) -> None:
@@ -68,6 +71,9 @@ class Work:
 
     def drain(self) -> None:
         self.draining = True
+
+    async def told_draining(self) -> None:
+        await trio.lowlevel.checkpoint()
 
 
 def main() -> None:

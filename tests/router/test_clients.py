@@ -1,6 +1,8 @@
 """Clients against the router over loopback sockets, an agent by hand behind it."""
 
+import hashlib
 import json
+import logging
 from collections.abc import AsyncIterator, Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -101,7 +103,37 @@ async def test_openai_client_gets_an_answer(bench: Bench, agent: FakeAgent, nurs
     lease = agent.offered[1]
     assert json.loads(lease["body"]) == ASK
     assert (lease["method"], lease["path"], lease["stream"]) == ("POST", "/v1/chat/completions", False)
-    assert set(lease["headers"]) == {"content-type", "accept"}
+    assert set(lease["headers"]) == {"content-type", "accept", "traceparent"}
+
+
+async def test_one_line_tells_the_times_of_every_hop_and_nothing_of_the_content(
+    bench: Bench, agent: FakeAgent, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "xim_agent.router")
+
+    async def line(headers: dict[str, str], frames: list[Any]) -> dict[str, Any]:
+        caplog.clear()
+        async with bench.http() as http, trio.open_nursery() as inner:
+            inner.start_soon(agent.serve_one, frames)
+            await http.post("/v1/chat/completions", json={**ASK, "stream": True}, headers=headers)
+        await until(lambda: [r for r in caplog.records if r.getMessage() == "request"])
+        (record,) = (r for r in caplog.records if r.getMessage() == "request")
+        assert "secret" not in str(record.__dict__)
+        return dict(record.__dict__)
+
+    parent = f"00-{'1' * 32}-{'2' * 16}-01"
+    told = await line({"traceparent": parent}, answer([b"data: secret\n\n"]))
+    assert (told["trace"], told["status"], told["ending"], told["bytes"]) == ("1" * 32, 200, "complete", 14)
+    assert (told["request"], told["agent"]) == (agent.offered[1]["request"], agent.id)
+    assert agent.offered[1]["headers"]["traceparent"] == parent
+    assert 0 <= told["granted_ms"] <= told["first_ms"] <= told["last_ms"] <= told["done_ms"] < 10_000
+    told = await line({"traceparent": "00-nonsense"}, [error(0, "invalid_request")])
+    assert (told["status"], told["ending"], told["first_ms"]) == (None, "invalid_request", None)
+    assert agent.offered[2]["headers"]["traceparent"] == f"00-{told['trace']}-{sha(told['request'])[32:48]}-00"
+
+
+def sha(request: str) -> str:
+    return hashlib.sha256(f"trace|{request}".encode()).hexdigest()
 
 
 async def test_openai_client_streams(bench: Bench, agent: FakeAgent, nursery: trio.Nursery) -> None:

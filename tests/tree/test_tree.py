@@ -8,7 +8,7 @@ import pytest
 import trio
 import trio.testing
 
-from xim_agent import agent
+from xim_agent import agent, signals
 from xim_agent.errors import AgentError, Exit
 
 
@@ -18,6 +18,7 @@ class World:
 
     work_seconds: tuple[float, ...] = ()
     load_seconds: float = 0.0
+    tell_seconds: float = 0.0
     flush_seconds: float = 0.0
     stop_seconds: float = 1.0
     drain_seconds: float = 120.0
@@ -46,6 +47,7 @@ class World:
             sender=Sender(self),
             listeners=(),
             drain_seconds=self.drain_seconds,
+            on_hangup=lambda: self.say("hangup"),
         )
         try:
             await agent.run(parts, stop=self.stop)
@@ -120,6 +122,10 @@ class Poller:
     def drain(self) -> None:
         self.world.say("capacity closed")
 
+    async def told_draining(self) -> None:
+        await trio.sleep(self.world.tell_seconds)
+        self.world.say("router told")
+
 
 @dataclass
 class Sender:
@@ -134,6 +140,10 @@ class Sender:
 
     def spool(self) -> None:
         self.world.say("spooled")
+
+    def remains(self) -> dict[str, int]:
+        ended = sum("request" in word for word in self.world.words())
+        return {"requests": len(self.world.work_seconds) - ended, "leases": 7}
 
 
 async def drive(world: World, *steps: tuple[float, Callable[[], None]]) -> None:
@@ -156,6 +166,7 @@ async def test_drain_lets_work_finish_and_keeps_polling(autojump_clock: trio.tes
     order = [w for w in world.words() if w not in ("poll", "engine ready")]
     assert order == [
         "capacity closed",
+        "router told",
         "request 0 complete",
         "request 1 complete",
         "flushed",
@@ -205,11 +216,11 @@ async def test_stop_event_is_a_first_signal(autojump_clock: trio.testing.MockClo
     assert world.at("request 0 complete") == 5
 
 
-async def test_flush_and_engine_stop_are_bounded(autojump_clock: trio.testing.MockClock) -> None:
-    world = World(flush_seconds=1000, stop_seconds=1000)
+async def test_telling_flush_and_engine_stop_are_bounded(autojump_clock: trio.testing.MockClock) -> None:
+    world = World(tell_seconds=1000, flush_seconds=1000, stop_seconds=1000)
     await drive(world, (1, term))
-    assert world.at("spooled") == 1 + agent.FLUSH_SECONDS
-    assert world.at("returned") == 1 + agent.FLUSH_SECONDS + agent.ENGINE_STOP_SECONDS
+    assert world.at("spooled") == 1 + agent.TELL_SECONDS + agent.FLUSH_SECONDS
+    assert world.at("returned") == 1 + agent.TELL_SECONDS + agent.FLUSH_SECONDS + agent.ENGINE_STOP_SECONDS
 
 
 async def test_crash_of_a_service_ends_everything(autojump_clock: trio.testing.MockClock) -> None:
@@ -227,3 +238,54 @@ async def test_named_error_of_a_service_reaches_the_top(autojump_clock: trio.tes
     from xim_agent.cli.render import code_of
 
     assert code_of(caught.value) == Exit.REMOVED
+
+
+async def test_the_log_has_every_phase_of_a_drain_with_its_bound_and_what_remains(
+    caplog: pytest.LogCaptureFixture, autojump_clock: trio.testing.MockClock
+) -> None:
+    caplog.set_level("INFO", "xim_agent")
+    world = World(work_seconds=(5, 37, 1000), drain_seconds=65)
+    await drive(world, (2, term))
+    lines = [r for r in caplog.records if r.getMessage().startswith("drain ")]
+    shown = [(r.getMessage(), r.requests, r.leases) for r in lines]
+    assert shown == [
+        ("drain 1/4: the router is told", 3, 7),
+        ("drain 2/4: requests finish", 3, 7),
+        *[("drain goes on", 2, 7)] * 3,
+        *[("drain goes on", 1, 7)] * 3,
+        ("drain 3/4: the last endings are sent", 0, 7),
+        ("drain 4/4: the engine is stopped", 0, 7),
+    ]
+    bounds = [r.seconds_at_most for r in lines if "seconds_at_most" in r.__dict__]
+    assert bounds == [agent.TELL_SECONDS, 65, agent.FLUSH_SECONDS, agent.ENGINE_STOP_SECONDS]
+    assert [r.seconds_left for r in lines if "seconds_left" in r.__dict__] == [55, 45, 35, 25, 15, 5]
+
+
+async def test_requests_finish_while_the_router_is_told(autojump_clock: trio.testing.MockClock) -> None:
+    world = World(work_seconds=(3,), tell_seconds=1000)
+    await drive(world, (1, term))
+    assert world.at("request 0 complete") == 3
+
+
+async def test_a_hangup_reloads_and_stops_nothing(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    monkeypatch.setattr(signals.os, "isatty", lambda fd: False)
+    world = World(work_seconds=(5,))
+    await drive(world, (1, hang_up), (3, hang_up), (4, term), (5, hang_up))
+    assert world.words().count("hangup") == 3
+    assert "request 0 complete" in world.words()
+
+
+async def test_a_hangup_of_the_terminal_is_a_stop(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    monkeypatch.setattr(signals.os, "isatty", lambda fd: fd == 2)
+    world = World(work_seconds=(5,))
+    await drive(world, (1, hang_up))
+    assert "hangup" not in world.words()
+    assert world.at("request 0 complete") == 5
+
+
+def hang_up() -> None:
+    signal.raise_signal(signal.SIGHUP)

@@ -1,12 +1,15 @@
 """One lease after another through poller, request and sender, in virtual time."""
 
+import logging
 import math
 from typing import Any
 
+import pytest
 import trio
 
 from xim_agent.errors import AgentError
 from xim_agent.mesh.messages import MAX_BODY, Error, Head
+from xim_agent.mesh.trace import traced
 from xim_agent.outcome import RouterError
 
 LOST = RouterError("connection_lost", "the connection was lost")
@@ -20,7 +23,8 @@ async def test_a_stream_arrives_unchanged_and_ends_once(bench: Any, router: Any,
     assert (stream.head, stream.data) == (Head(200, {"content-type": "text/plain"}), b"onetwothree")
     assert (end.reason, end.bytes, end.chunks, end.ttft_ms) == ("complete", 11, 3, 200)
     assert 700 <= end.duration_ms <= 720
-    assert bench.engine.requests == [("/v1/completions", {"content-type": "application/json"}, b"{1}")]
+    asked = {"content-type": "application/json", **traced({}, "r")}
+    assert bench.engine.requests == [("/v1/completions", asked, b"{1}")]
     await bench.settle(26)
     assert router.polls[-1].held == []
     statistics = bench.poller.statistics().sender
@@ -167,3 +171,58 @@ async def test_a_lease_offered_again_is_served_once(bench: Any, router: Any, aut
     await bench.settle(1)
     assert len(bench.engine.requests) == 1
     assert len(router.streams[lease].endings) == 1
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
+    """The one line of each request that is over, as the log has it."""
+    return [dict(r.__dict__) for r in caplog.records if r.getMessage() == "request"]
+
+
+async def test_one_line_tells_the_times_of_every_hop_and_nothing_of_the_content(
+    bench: Any, router: Any, caplog: pytest.LogCaptureFixture, autojump_clock: Any
+) -> None:
+    caplog.set_level(logging.DEBUG, "xim_agent.work")
+    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    router.bodies = {"r7": [LOST, b"secret prompt"]}
+    bench.engine.script = [0.2, b"secret one", 0.5, b"secret two", 0.1]
+    router.ack = False
+    await router.ended(router.offer(request="r7", body=None, headers={"traceparent": parent}))
+    await bench.settle(1)
+    assert lines(caplog) == [], "not before the ending is acknowledged"
+    router.ack = True
+    await bench.settle(10)
+    (line,) = lines(caplog)
+    assert (line["request"], line["trace"], line["path"]) == ("r7", parent[3:35], "/v1/completions")
+    assert (line["status"], line["bytes"], line["chunks"], line["ending"]) == (200, 20, 2, "complete")
+    asked = line["asked_ms"]
+    assert asked > 1, "the body was fetched first"
+    after = [round(line[f"{hop}_ms"] - asked) for hop in ("replied", "first", "last", "ended")]
+    assert after == [0, 200, 700, 800]
+    assert 1000 < line["acknowledged_ms"] - line["ended_ms"] < 10_000
+    assert bench.engine.requests[0][1]["traceparent"] == parent
+    assert "secret" not in caplog.text + str([r.__dict__ for r in caplog.records])
+    assert not bench.sender._hops
+
+
+async def test_what_never_came_has_no_time(
+    bench: Any, router: Any, caplog: pytest.LogCaptureFixture, autojump_clock: Any
+) -> None:
+    caplog.set_level(logging.DEBUG, "xim_agent.work")
+    bench.engine.script = [math.inf]
+    await bench.settle(1)
+    refused, lost = router.offer(path="/metrics"), router.offer()
+    await router.ended(refused)
+    await bench.settle(1)
+    router.say(unknown={lost}, cancel={lost})
+    await bench.settle(5)
+    first, second = lines(caplog)
+    assert (first["ending"], first["asked_ms"], first["first_ms"], first["last_ms"]) == ("invalid_request", *[None] * 3)
+    assert (second["ending"], second["status"], second["acknowledged_ms"]) == ("cancelled", 200, None)
+    assert not bench.sender._hops
+
+
+async def test_nothing_is_kept_for_a_line_that_nobody_reads(bench: Any, router: Any, autojump_clock: Any) -> None:
+    router.ack = False
+    await router.ended(router.offer())
+    await bench.settle(0.5)
+    assert (len(bench.sender.leases), bench.sender._hops) == (1, {})

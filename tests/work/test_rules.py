@@ -13,6 +13,8 @@ from xim_agent.work import capacity, lease
 from xim_agent.work.clone import clone
 from xim_agent.work.tail import TAIL_BYTES, Tail, stream_error
 
+PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
 
 def make_lease(**more: Any) -> Lease:
     base: dict[str, Any] = {
@@ -84,9 +86,12 @@ def test_headers() -> None:
         "x-slo-tier": "c",
         "Authorization": "no",
         "host": "no",
-        "Traceparent": "d",
+        "Traceparent": PARENT,
+        "tracestate": "d",
     }
-    assert lease.request_headers(asked) == {"content-type": "a", "accept": "b", "x-slo-tier": "c", "traceparent": "d"}
+    passed = {"content-type": "a", "accept": "b", "x-slo-tier": "c", "traceparent": PARENT, "tracestate": "d"}
+    assert lease.request_headers(asked, "r") == passed
+    assert set(lease.request_headers({}, "r")) == {"traceparent"}
     given = {"Content-Type": "a", "content-length": "1", "date": "x", "server": "u", "Connection": "close, X-Hop",
              "x-hop": "1", "transfer-encoding": "chunked", "x-request-id": "7"}  # fmt: skip
     assert lease.reply_headers(given) == {"content-type": "a", "x-request-id": "7"}

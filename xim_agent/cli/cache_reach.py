@@ -39,7 +39,7 @@ async def reach(config: Config, name: str, arguments: Mapping[str, Any], report:
         return _absent(config, name)
     except OSError as e:
         _denied(directory, e)
-    with _as_owner(owner):
+    with as_owner(owner):
         return await _ask(config, name, arguments, report)
 
 
@@ -99,7 +99,7 @@ class _Nowhere:
 
 
 @contextmanager
-def _as_owner(lock: os.stat_result) -> Iterator[None]:
+def as_owner(lock: os.stat_result) -> Iterator[None]:
     """Root acts as the agent's user: what it writes the agent can write, too, and what that user plants gains nothing.
 
     Inside, no library can be loaded from a one-file program's own directory, which is root's.

@@ -93,6 +93,7 @@ class Board:
         agent.next_lease += 1
         agent.grants[grant.id] = job.grant = grant
         self.leased[agent] = None
+        job.granted_at = now
         job.tried.add(agent.id)
         self.put_in(poll, grant)
         self.counts["leases"] += 1

@@ -93,6 +93,7 @@ class Job:
     deadline: float = 0.0
     queued: bool = False
     queued_since: float = 0.0
+    granted_at: float | None = None
     grant: "Grant | None" = None
     tried: set[str] = field(default_factory=set)
     retries: int = 0

@@ -1,6 +1,7 @@
 """The router's side for clients: OpenAI's API (wire-protocol §7). Bodies pass unchanged in both directions."""
 
 import hashlib
+import logging
 import secrets
 from typing import Any
 
@@ -10,12 +11,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from xim_agent.mesh.trace import trace_id, traced
 from xim_agent.router import catalog
 from xim_agent.router.dispatch import Dispatch
 from xim_agent.router.jobs import COMPLETE, Job, Outcome, Refused
 from xim_agent.router.replies import ApiError, head_fields
 from xim_agent.router.store import Store
 from xim_agent.watch import Watch
+
+log = logging.getLogger("xim_agent.router")
 
 _PASSED = ("content-type", "accept", "traceparent", "tracestate")
 
@@ -56,12 +60,13 @@ class ClientApi:
         headers = {
             name: value for name, value in request.headers.items() if name in _PASSED or name.startswith("x-slo-")
         }
+        name = f"req-{secrets.token_hex(12)}"
         job = Job(
-            request=f"req-{secrets.token_hex(12)}",
+            request=name,
             project=project,
             model=model,
             path=request.scope["path"],
-            headers=headers,
+            headers=traced(headers, name),
             body=body,
             stream=asked.stream is True,
             tenant=hashlib.sha256(f"tenant|{project}".encode()).hexdigest()[:16],
@@ -107,6 +112,10 @@ class Relay:
         self._dispatch = dispatch
         self._job = job
         self._watch = watch
+        self._received = trio.current_time()
+        self._first: float | None = None
+        self._last: float | None = None
+        self._bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         job = self._job
@@ -121,9 +130,33 @@ class Relay:
             else:
                 await ApiError.of(job.outcome).response()(scope, receive, send)
         except Refused as refused:
+            job.finish(refused.outcome)
             await ApiError.of(refused.outcome).response()(scope, receive, send)
         finally:
             self._dispatch.release(job, trio.current_time())
+            log.debug("request", extra=self._hops())
+
+    def _hops(self) -> dict[str, Any]:
+        """Nothing of the content; times in ms since the request was complete, None for what was not."""
+        job, now = self._job, trio.current_time()
+        times = {"granted": job.granted_at, "first": self._first, "last": self._last, "done": now}
+        ending = "left" if job.outcome is None else job.outcome.code or "complete"
+        told = {
+            "request": job.request, "trace": trace_id(job.headers["traceparent"]), "path": job.path,
+            "status": job.head.status if job.head else None, "bytes": self._bytes, "ending": ending,
+            "agent": job.grant.agent if job.grant else None, "retries": job.retries,
+        }  # fmt: skip
+        return told | {
+            f"{name}_ms": None if at is None else round((at - self._received) * 1000, 1) for name, at in times.items()
+        }
+
+    async def _data(self, send: Send, data: bytes, more: bool = True) -> None:
+        """Returns when the client's connection has taken it."""
+        if self._first is None:
+            self._first = trio.current_time()
+        await send({"type": "http.response.body", "body": data, "more_body": more})
+        self._bytes += len(data)
+        self._last = trio.current_time()
 
     async def _change(self) -> None:
         await self._watch.wait_beyond(self._watch.version)
@@ -133,7 +166,7 @@ class Relay:
         body = self._dispatch.take(self._job)
         fields = [*head_fields(self._job.head, self._job.request), (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": self._job.head.status, "headers": fields})
-        await send({"type": "http.response.body", "body": body})
+        await self._data(send, body, more=False)
 
     async def _stream(self, send: Send) -> None:
         job = self._job
@@ -146,7 +179,7 @@ class Relay:
                 await self._change()
                 continue
             data = self._dispatch.take(job)
-            await send({"type": "http.response.body", "body": data, "more_body": True})
+            await self._data(send, data)
             last = (last + data)[-4:]
             self._dispatch.consumed(job, len(data), trio.current_time())
         if job.outcome is COMPLETE:

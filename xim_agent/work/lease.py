@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from xim_agent.mesh.messages import MAX_BODY, SERVED_PATHS, Error, Lease, OddLease
+from xim_agent.mesh.trace import traced
 
 _REQUEST_HEADERS = frozenset({"content-type", "accept", "traceparent", "tracestate"})
 _HOP_BY_HOP = frozenset(
@@ -30,10 +31,14 @@ def refusal(lease: Lease, *, room: int, ready: bool, draining: bool) -> Error | 
     return None
 
 
-def request_headers(headers: Mapping[str, str]) -> dict[str, str]:
-    """Of a lease's headers those that reach the engine."""
+def request_headers(headers: Mapping[str, str], request: str) -> dict[str, str]:
+    """Of a lease's headers those that reach the engine, always with a `traceparent`."""
     lower = {name.lower(): value for name, value in headers.items()}
-    return {n: v for n, v in lower.items() if n in _REQUEST_HEADERS or n.startswith("x-slo-")}
+    return traced({n: v for n, v in lower.items() if passes(n)}, request)
+
+
+def passes(name: str) -> bool:
+    return name in _REQUEST_HEADERS or name.startswith("x-slo-")
 
 
 def reply_headers(headers: Mapping[str, str]) -> dict[str, str]:

@@ -60,6 +60,10 @@ class Link:
             with trio.move_on_at(float("inf") if self._probing else self._until):
                 await self._changed.wait_beyond(seen)
 
+    async def next_call(self) -> None:
+        """Until a call has ended, well or not."""
+        await self._changed.wait_beyond(self._changed.version)
+
     @contextmanager
     def call(self, kind: Kind) -> Iterator[None]:
         """Notes how the call inside ends; a RouterError passes on."""

@@ -1,7 +1,7 @@
 """One lease's way back to the router: its request task writes here, the router's cancels and credits arrive here."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import trio
 
@@ -19,7 +19,12 @@ class Outgoing:
     ) -> None:
         self.id = lease.id
         self.request = lease.request
+        self.path = lease.path
         self.received = trio.current_time()
+        self.trace = ""
+        self.status: int | None = None
+        self._asked: float | None = None
+        self._replied: float | None = None
         self.scope = trio.CancelScope(deadline=self.received + max(0, lease.deadline_ms) / 1000)
         self.verdict: Verdict | None = None
         self.last_byte = self.received
@@ -36,7 +41,12 @@ class Outgoing:
         """No data was sent, so that another agent may serve the request."""
         return self._first is None
 
+    def asks(self, traceparent: str) -> None:
+        """The engine is asked now."""
+        self._asked, self.trace = trio.current_time(), traceparent.split("-")[1]
+
     def head(self, status: int, headers: dict[str, str]) -> None:
+        self._replied, self.status = trio.current_time(), status
         self._outbox.head(self.id, Head(status, headers))
         self._stir()
 
@@ -73,6 +83,26 @@ class Outgoing:
             ttft_ms=None if self._first is None else round((self._first - self.received) * 1000),
             duration_ms=round((trio.current_time() - self.received) * 1000),
         )
+
+    def hops(self) -> dict[str, Any]:
+        """For one line of the log: nothing of the content, times in ms since the lease came, None for what was not."""
+        sent, chunks = self._outbox.totals(self.id)
+        last = self.last_byte if self._first is not None else None
+        times = {"asked": self._asked, "replied": self._replied, "first": self._first, "last": last}
+        times["ended"] = trio.current_time()
+        told = {"request": self.request, "trace": self.trace, "path": self.path, "status": self.status}
+        return {**told, "bytes": sent, "chunks": chunks} | {
+            f"{name}_ms": None if when is None else self.since_received(when) for name, when in times.items()
+        }
+
+    def since_received(self, when: float) -> float:
+        """Milliseconds."""
+        return round((when - self.received) * 1000, 1)
+
+    @property
+    def sent(self) -> int:
+        """Bytes of the answer, given to the router or about to be."""
+        return self._outbox.totals(self.id)[0]
 
     def end(self, ending: End | Error) -> None:
         """The one ending; a second one changes nothing. Synchronous, so that a cancelled task can still say it."""

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 import trio
@@ -17,7 +16,8 @@ from xim_agent.work.clone import clone
 from xim_agent.work.lease import refusal
 from xim_agent.work.link import Link
 from xim_agent.work.request import Bodies, Engine, serve
-from xim_agent.work.sender import FATAL, SUSPENDED_SECONDS, Sender, SenderStatistics
+from xim_agent.work.sender import FATAL, SUSPENDED_SECONDS, Sender
+from xim_agent.work.statistics import WorkStatistics
 
 log = logging.getLogger("xim_agent.work")
 
@@ -29,6 +29,8 @@ EMPTY_MAX_SECONDS = 1.0
 RETRY_MAX_SECONDS = 30.0
 # Twice as long as the router takes to tell of a clone again.
 CLONE_SECONDS = 150.0
+# Who asks to drain, beside operators.
+STOP, ROUTER = "a stop", "the router"
 # Refused so often in a row, we are the later one whatever the clocks say.
 CLONE_REFUSALS = 4
 
@@ -43,23 +45,6 @@ class EngineView(Engine, Protocol):
     @property
     def ceiling(self) -> int: ...
     def load(self) -> Load: ...
-
-
-@dataclass(frozen=True)
-class WorkStatistics:
-    """`last_poll` in Unix seconds, of the last answered poll; `idle_reason` is the router's."""
-
-    link_up: bool
-    phase: str
-    suspended: bool
-    draining: bool
-    polls: int
-    replaced_polls: int
-    failed_polls: int
-    last_poll: float | None
-    idle_reason: str | None
-    generation: int
-    sender: SenderStatistics
 
 
 class Poller:
@@ -90,8 +75,10 @@ class Poller:
         self._generation_seen = generation_seen
         self._model = model
         self._progress = progress
-        self._stopping = self._closed = self._router_drain = self._suspended = False
+        self._closed = self._suspended = False
+        self._drained_by: set[str] = set()
         self._announced: Phase | None = None
+        self._heard: Phase | None = None  # the last one that the router has answered to
         self._n = self._replaced = self._failed = self._generation = self._clone_refusals = 0
         self._last_poll: float | None = None
         self._clone_seen = float("-inf")
@@ -107,12 +94,21 @@ class Poller:
 
     @property
     def draining(self) -> bool:
-        return self._stopping or self._router_drain
+        return bool(self._drained_by)
 
-    def drain(self) -> None:
-        """Takes nothing more, for good; polls go on as heartbeats."""
-        self._stopping = True
+    def drain(self, who: str = STOP) -> None:
+        """Takes nothing more until all who asked have taken it back; polls go on as heartbeats."""
+        self._drained_by.add(who)
         self.changed()
+
+    def undrain(self, who: str) -> None:
+        self._drained_by.discard(who)
+        self.changed()
+
+    async def told_draining(self) -> None:
+        """Returns when the router has answered a poll that says so, or does not answer at all."""
+        while self._link.up and not self._suspended and self._heard != "draining":
+            await self._link.next_call()
 
     async def pause(self) -> None:
         """Takes nothing more until `resume`; returns when no request runs. Cancelled, it stays paused."""
@@ -171,6 +167,7 @@ class Poller:
             self._suspended = False
             self._health.clear("agent_suspended")
         self._last_poll = self._clock.now()
+        self._heard = view.phase
         self._clone_refusals = 0
         if self._last_poll > self._clone_seen + CLONE_SECONDS:
             self._health.clear("identity_in_use")
@@ -193,12 +190,13 @@ class Poller:
     def _request(self, view: capacity.View) -> PollRequest:
         self._n += 1
         ttl = self._sender.leases.shortest_ttl()
+        news = view.draining and self._heard != "draining"
         return PollRequest(
             boot=self._boot,
             n=self._n,
             phase=view.phase,
             capacity=view.capacity,
-            wait_ms=capacity.wait_ms(view, sure=self._link.up and not self._suspended, shortest_ttl=ttl),
+            wait_ms=capacity.wait_ms(view, sure=self._link.up and not self._suspended and not news, shortest_ttl=ttl),
             held=self._sender.leases.held(),
             model=self._model(),
             ceiling=view.ceiling,
@@ -208,8 +206,8 @@ class Poller:
         )
 
     def _apply(self, reply: PollReply, work: trio.Nursery, room: int, sent_at: float) -> None:
-        if reply.drain != self._router_drain:
-            self._router_drain = reply.drain
+        if reply.drain != (ROUTER in self._drained_by):
+            self._drained_by ^= {ROUTER}
             log.info("router asks to drain" if reply.drain else "router ends the drain")
         self._idle_reason = reply.idle_reason
         self._generation = reply.generation
@@ -281,6 +279,8 @@ class Poller:
             phase=self._view().phase,
             suspended=self._suspended,
             draining=self.draining,
+            drained_by=sorted(self._drained_by),
+            paused=self._closed,
             polls=self._n,
             replaced_polls=self._replaced,
             failed_polls=self._failed,

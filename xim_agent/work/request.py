@@ -89,7 +89,9 @@ async def _relay(lease: Lease, out: Outgoing, engine: Engine, bodies: Bodies) ->
     body = lease.body if lease.body is not None else await _fetch(lease.request, bodies)
     if len(body) > MAX_BODY:
         return Error("invalid_request", f"the body has {len(body)} bytes, over {MAX_BODY}", retryable=False)
-    async with engine.client.open(lease.path, request_headers(lease.headers), body, tenant=lease.tenant) as reply:
+    asked = request_headers(lease.headers, lease.request)
+    out.asks(asked["traceparent"])
+    async with engine.client.open(lease.path, asked, body, tenant=lease.tenant) as reply:
         headers = reply_headers(reply.headers)
         out.head(reply.status, headers)
         tail = Tail() if headers.get("content-type", "").startswith("text/event-stream") else None

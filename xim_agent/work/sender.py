@@ -4,7 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import trio
 from msgspec import Raw
@@ -32,6 +32,16 @@ class EventsTransport(Protocol):
 
 
 @dataclass(frozen=True)
+class Running:
+    """A request; `bytes` of its answer so far."""
+
+    request: str
+    path: str
+    seconds: float
+    bytes: int
+
+
+@dataclass(frozen=True)
 class SenderStatistics:
     """`ended` by reason or error code; `running`: leases whose request is not over; `held`: not acknowledged yet."""
 
@@ -43,6 +53,7 @@ class SenderStatistics:
     calls: int
     failed_calls: int
     oldest_running_seconds: float
+    longest: Running | None
     outbox: OutboxStatistics
 
 
@@ -58,6 +69,7 @@ class Sender:
         self._spool = spool
         self._outbox = Outbox()
         self._running: dict[int, Outgoing] = {}
+        self._hops: dict[int, tuple[Outgoing, dict[str, Any]]] = {}  # for the log, until acknowledged
         self._changed = Watch()
         self._turn = trio.Lock()
         self._wake = trio.Event()
@@ -101,18 +113,36 @@ class Sender:
             log.info("lease dropped, the router does not know it", extra={"lease": lease})
         if (out := self._running.get(lease)) is not None:
             out.abort("unknown")
-        self._settle(lease)
+        self._settle(lease, acknowledged=False)
 
-    def _settle(self, lease: int) -> None:
+    def _settle(self, lease: int, acknowledged: bool = True) -> None:
         self.leases.settle(lease)
+        if (over := self._hops.pop(lease, None)) is not None:
+            out, hops = over
+            when = out.since_received(trio.current_time()) if acknowledged else None
+            log.debug("request", extra=hops | {"acknowledged_ms": when})
         self._changed.bump()
 
     def _done(self, out: Outgoing, name: str) -> None:
         del self._running[out.id]
         self._ended[name] += 1
-        log.debug("request over", extra={"request": out.request, "ending": name})
+        if log.isEnabledFor(logging.DEBUG):
+            hops = out.hops() | {"ending": name}
+            if name == "unknown":  # nothing is acknowledged any more
+                log.debug("request", extra=hops | {"acknowledged_ms": None})
+            else:
+                self._hops[out.id] = out, hops
         self._changed.bump()
         self.freed()
+
+    def _longest(self) -> Running | None:
+        out = min(self._running.values(), key=lambda out: out.received, default=None)
+        seconds = 0.0 if out is None else trio.current_time() - out.received
+        return None if out is None else Running(out.request, out.path, seconds, out.sent)
+
+    def remains(self) -> dict[str, int]:
+        """For the log of a stop: requests that run, and leases whose ending is not acknowledged."""
+        return {"requests": self.running, "leases": len(self.leases)}
 
     async def wait_idle(self) -> None:
         """Until no request runs."""
@@ -233,7 +263,7 @@ class Sender:
                 return
 
     def statistics(self) -> SenderStatistics:
-        now = trio.current_time()
+        longest = self._longest()
         return SenderStatistics(
             accepted=self._accepted,
             refused=self._refused,
@@ -242,6 +272,7 @@ class Sender:
             held=len(self.leases),
             calls=self._calls,
             failed_calls=self._failed_calls,
-            oldest_running_seconds=max((now - out.received for out in self._running.values()), default=0.0),
+            oldest_running_seconds=longest.seconds if longest else 0.0,
+            longest=longest,
             outbox=self._outbox.statistics(),
         )

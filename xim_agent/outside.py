@@ -1,0 +1,142 @@
+"""How a running agent is seen and reached from outside: its status, the metrics port, the control socket."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import msgspec
+
+from xim_agent import PROTOCOL, __version__, agent
+from xim_agent.assignment.service import AssignmentService
+from xim_agent.cache import control as cache_control
+from xim_agent.cache.admin import Commands
+from xim_agent.cache.claim import announce
+from xim_agent.cache.service import Cache
+from xim_agent.clock import Clock, SystemClock
+from xim_agent.config.config import describe
+from xim_agent.config.fields import Config
+from xim_agent.config.level import reread
+from xim_agent.config.paths import control_name, runtime_directory
+from xim_agent.control import commands
+from xim_agent.control.server import ControlServer
+from xim_agent.engine.service import EngineService
+from xim_agent.health import Health
+from xim_agent.identity.service import IdentityService
+from xim_agent.log import redact
+from xim_agent.mesh.client import RouterClient
+from xim_agent.metrics.registry import Collector
+from xim_agent.metrics.server import MetricsServer
+from xim_agent.work.poller import Poller
+from xim_agent.work.sender import Sender
+
+# A poll is held for 25 s at most.
+SILENT_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Agent:
+    """One agent, wired."""
+
+    parts: agent.Parts
+    identity: IdentityService
+    cache: Cache
+    assignment: AssignmentService
+    engine: EngineService
+    poller: Poller
+    sender: Sender
+    health: Health
+
+    def reasons(self) -> list[str]:
+        """Why this agent is not ready: link up, engine proven, not draining; empty when it is."""
+        work, now = self.poller.statistics(), SystemClock().now()
+        reasons = [] if work.link_up else ["link: the router has not answered the last poll"]
+        if work.link_up and now - (work.last_poll or now) > SILENT_SECONDS:
+            reasons.append("link: no poll was answered for a minute")
+        if (self.identity.statistics().token_expires or 0) < now:
+            reasons.append("identity: there is no valid token")
+        if not self.engine.ready:
+            reasons.append("engine: no model is proven to answer yet")
+        reasons += [f"draining: {who} asked for it" for who in work.drained_by]
+        if work.suspended:
+            reasons.append("suspended: the router lets this agent take no work")
+        if reasons:
+            reasons += self.health.sentences()
+        return reasons
+
+    def idle(self) -> list[str]:
+        """Why no request runs now; empty while one does."""
+        work = self.poller.statistics()
+        if work.sender.running:
+            return []
+        if reasons := self.reasons():
+            return reasons
+        if work.paused:
+            return ["switch: another model takes the place of this one"]
+        return [f"router: {work.idle_reason or 'it has not said why there is no request'}"]
+
+
+@dataclass(frozen=True)
+class Process:
+    version: str
+    protocol: int
+    started: float
+    pid: int
+
+
+def reachable(made: Agent, config: Config, clock: Clock, router: RouterClient) -> Agent:
+    """With the listeners for operators and for what collects metrics, and with what a SIGHUP does."""
+    process = Process(__version__, PROTOCOL, clock.now(), os.getpid())
+    statistics: dict[str, Callable[[], Any]] = {
+        "identity": made.identity.statistics,
+        "work": made.poller.statistics,
+        "mesh": router.statistics,
+        "cache": made.cache.statistics,
+        "assignment": made.assignment.statistics,
+        "engine": made.engine.statistics,
+    }
+
+    def status() -> dict[str, Any]:
+        return {
+            "agent": process,
+            "config": describe(config),
+            "not_ready": made.reasons(),
+            "idle": made.idle(),
+            "health": made.health.report(),
+            **{name: report() for name, report in statistics.items()},
+        }
+
+    listeners = [_control(made, config, status)]
+    if not config.disable_metrics_server:
+        conditions = {"agent": lambda: process, "health": lambda: {c.code: 1 for c in made.health.conditions()}}
+        listeners.append(_metrics(made, config, status, Collector(statistics | conditions)))
+    all_listeners = (*made.parts.listeners, *listeners)
+    return replace(made, parts=replace(made.parts, listeners=all_listeners, on_hangup=partial(reread, config)))
+
+
+def _metrics(made: Agent, config: Config, status: Callable[[], dict[str, Any]], collector: Collector) -> Any:
+    server = MetricsServer(
+        collect=collector.text,
+        ready=made.reasons,
+        status=status,
+        engine_text=made.engine.metrics_text,
+        redact=redact,
+    )
+    return partial(server.run, config.metrics_host, config.metrics_port)
+
+
+def _control(made: Agent, config: Config, status: Callable[[], dict[str, Any]]) -> Any:
+    """Operators' commands. The cache is ours alone, so a socket that is named by it is too."""
+    store = made.cache.store
+    path = runtime_directory(config.config_path, os.environ) / control_name(store.root)
+    own = commands.calls(
+        status=lambda: json.loads(redact(msgspec.json.encode(status(), enc_hook=str).decode())),
+        drain=partial(made.poller.drain, commands.OPERATOR),
+        resume=partial(made.poller.undrain, commands.OPERATOR),
+        drained_by=lambda: made.poller.statistics().drained_by,
+        drained=made.sender.wait_idle,
+    )
+    calls = cache_control.calls(Commands(made.cache, agent=True)) | own
+    return ControlServer(path, calls, partial(announce, store.lock)).run
