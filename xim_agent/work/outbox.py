@@ -62,8 +62,8 @@ class Batch:
     streams: set[_Stream]
 
     @property
-    def raw(self) -> list[Raw]:
-        return [Raw(frame.raw) for frame in self.frames]
+    def raw(self) -> list[bytes]:
+        return [frame.raw for frame in self.frames]
 
     @property
     def leases(self) -> list[int]:
@@ -110,37 +110,40 @@ class Outbox:
         stream = self._streams.get(lease)
         return (0, 0) if stream is None else (stream.used, stream.chunks)
 
-    def head(self, lease: int, head: Head) -> None:
-        """Leaves with the first data, or with the ending where none follows."""
-        self._put(lease, "head", head, urgent=False)
+    def head(self, lease: int, head: Head) -> bool:
+        """Leaves with the first data, or with the ending where none follows. As of `data` and `end`, see `_put`."""
+        return self._put(self._streams.get(lease), "head", head, urgent=False)
 
-    def data(self, lease: int, chunk: bytes) -> None:
+    def data(self, lease: int, chunk: bytes) -> bool:
         """At most `room` bytes; cut here, once, if they are many."""
         stream = self._streams.get(lease)
         if stream is None or stream.ended:
-            return
+            return False
         assert len(chunk) <= stream.credit - stream.used, "more data than credit"
+        earlier = False
         for start in range(0, len(chunk), MAX_DATA):
             part = chunk if len(chunk) <= MAX_DATA else chunk[start : start + MAX_DATA]
-            self._put(lease, "data", part, urgent=stream.chunks == 0)
+            earlier |= self._put(stream, "data", part, urgent=stream.chunks == 0)
             stream.used += len(part)
             stream.chunks += 1
             self._data_bytes += len(part)
+        return earlier
 
     def end(self, lease: int, ending: End | Error) -> bool:
         """False when the lease has its ending already, or is gone."""
         stream = self._streams.get(lease)
         if stream is None or stream.ended:
             return False
-        self._put(lease, "end" if isinstance(ending, End) else "error", ending, urgent=True)
+        self._put(stream, "end" if isinstance(ending, End) else "error", ending, urgent=True)
         stream.ended = True
         return True
 
-    def _put(self, lease: int, kind: Kind, payload: Payload, *, urgent: bool) -> None:
-        stream = self._streams.get(lease)
+    def _put(self, stream: _Stream | None, kind: Kind, payload: Payload, *, urgent: bool) -> bool:
+        """Whether something is due earlier than before."""
         if stream is None or stream.ended:
-            return
-        raw = encode_frame(lease, stream.next_seq, kind, payload)
+            return False
+        earlier = urgent or not self._queue
+        raw = encode_frame(stream.lease, stream.next_seq, kind, payload)
         frame = _Frame(stream, stream.next_seq, raw, urgent)
         stream.next_seq += 1
         stream.frames.append(frame)
@@ -149,6 +152,7 @@ class Outbox:
         self._frames += 1
         self._held += 1
         self._held_bytes += len(raw)
+        return earlier
 
     # sending
 
@@ -180,14 +184,15 @@ class Outbox:
                     break
                 frames.append(frame)
                 self._unqueue(frame)
+                stream = frame.stream
+                if frame.seq <= stream.sent:
+                    self._resent += 1
+                else:
+                    stream.sent = frame.seq
             self._queue.popleft()
         if not frames:
             return None
         batch = Batch(now, frames, {frame.stream for frame in frames})
-        for frame in frames:
-            stream = frame.stream
-            self._resent += frame.seq <= stream.sent
-            stream.sent = max(stream.sent, frame.seq)
         for stream in batch.streams:
             stream.flying += 1
         self._sent += len(frames)

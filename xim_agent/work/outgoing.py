@@ -7,6 +7,7 @@ import trio
 
 from xim_agent.mesh.messages import End, EndReason, Error, Head, Lease
 from xim_agent.work.outbox import Outbox
+from xim_agent.work.tail import Tail
 
 Verdict = EndReason | Error | Literal["unknown"]
 
@@ -22,13 +23,15 @@ class Outgoing:
         self.received = trio.current_time()
         self.scope = trio.CancelScope(deadline=self.received + max(0, lease.deadline_ms) / 1000)
         self.verdict: Verdict | None = None
-        self.last_byte = self.received
+        # Of an event stream: what is looked at when it has ended.
+        self.tail: Tail | None = None
         self._outbox = outbox
         self._stir = stir
         self._done = done
         self._credit = trio.Event()
         self._first: float | None = None
         self._ended = False
+        self._rest = b""
         outbox.open(lease.id, lease.credit)
 
     @property
@@ -37,23 +40,37 @@ class Outgoing:
         return self._first is None
 
     def head(self, status: int, headers: dict[str, str]) -> None:
-        self._outbox.head(self.id, Head(status, headers))
-        self._stir()
+        if self._outbox.head(self.id, Head(status, headers)):
+            self._stir()
 
-    async def write(self, chunk: bytes) -> None:
-        """Waits while there is no credit. Cancellation leaves what was numbered to be sent, and drops the rest."""
-        self.last_byte = trio.current_time()
-        while chunk:
-            room = self._outbox.room(self.id)
-            if not room:
+    def take(self, piece: bytes) -> bool:
+        """Numbers what the credit allows and keeps the rest; False while there is a rest. Synchronous."""
+        if self.tail is not None:
+            self.tail.add(piece)
+        if self._rest:
+            self._rest += piece
+        else:
+            self._number(piece)
+        return not self._rest
+
+    async def room(self) -> None:
+        """Until there is no rest. Cancellation leaves what was numbered to be sent, and drops what was not."""
+        while self._rest:
+            if not self._outbox.room(self.id):
                 self._credit = trio.Event()
                 await self._credit.wait()
-                continue
-            part, chunk = (chunk, b"") if len(chunk) <= room else (chunk[:room], chunk[room:])
+            self._number(self._rest)
+
+    def _number(self, piece: bytes) -> None:
+        room = self._outbox.room(self.id)
+        self._rest = piece[room:]
+        if len(piece) > room:
+            piece = piece[:room]
+        if piece:
             if self._first is None:
                 self._first = trio.current_time()
-            self._outbox.data(self.id, part)
-            self._stir()
+            if self._outbox.data(self.id, piece):
+                self._stir()
 
     def credited(self) -> None:
         self._credit.set()

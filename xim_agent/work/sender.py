@@ -28,7 +28,7 @@ SPOOL_FRAMES = 400
 
 
 class EventsTransport(Protocol):
-    async def events(self, boot: str, frames: Sequence[Raw]) -> EventsReply: ...
+    async def events(self, boot: str, frames: Sequence[bytes | Raw]) -> EventsReply: ...
 
 
 @dataclass(frozen=True)
