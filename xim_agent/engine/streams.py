@@ -19,7 +19,7 @@ from trio.lowlevel import wait_readable, wait_writable
 from xim_agent.engine.reader import Malformed, Reader
 
 # As long as a batch waits.
-REST_SECONDS = 0.010
+REST_SECONDS = 0.016
 READ = 64 * 1024
 CONNECT_SECONDS = 10.0
 _IN = select.EPOLLIN

@@ -49,9 +49,16 @@ class Outgoing:
             self.tail.add(piece)
         if self._rest:
             self._rest += piece
-        else:
-            self._number(piece)
-        return not self._rest
+            return False
+        size, earlier = self._outbox.data(self.id, piece)
+        if earlier:
+            self._stir()
+        if size and self._first is None:
+            self._first = trio.current_time()
+        if size == len(piece):
+            return True
+        self._rest = piece[size:]
+        return False
 
     async def room(self) -> None:
         """Until there is no rest. Cancellation leaves what was numbered to be sent, and drops what was not."""
@@ -59,18 +66,9 @@ class Outgoing:
             if not self._outbox.room(self.id):
                 self._credit = trio.Event()
                 await self._credit.wait()
-            self._number(self._rest)
-
-    def _number(self, piece: bytes) -> None:
-        room = self._outbox.room(self.id)
-        self._rest = piece[room:]
-        if len(piece) > room:
-            piece = piece[:room]
-        if piece:
-            if self._first is None:
-                self._first = trio.current_time()
-            if self._outbox.data(self.id, piece):
-                self._stir()
+            rest, tail, self._rest, self.tail = self._rest, self.tail, b"", None
+            self.take(rest)
+            self.tail = tail
 
     def credited(self) -> None:
         self._credit.set()
