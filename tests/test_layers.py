@@ -17,9 +17,10 @@ PURE = {
     *("hardware.report", "hardware.document", "hardware.visible", "hardware.xid", "engine.preview"),
     *("identity.join_key", "identity.claims", "identity.rotation", "assignment.plan", "cache.manifest", "cache.plan"),
     *("engine.facts", "engine.budget", "engine.sizing", "engine.arguments", "engine.command", "engine.state"),
-    *("engine.failures", "engine.salt"),
+    *("engine.failures", "engine.reader", "engine.salt"),
     *("engine.liveness", "engine.poison", "hardware.memory"),
-    *("work.lease", "work.outbox", "work.capacity", "mesh.messages", "mesh.codec", "mesh.trace", "metrics.names"),
+    *("work.lease", "work.batch", "work.outbox", "work.capacity"),
+    *("mesh.messages", "mesh.codec", "mesh.trace", "metrics.names"),
     *("router.tokens", "router.dispatch"),
 }
 IMPURE_STDLIB = {
@@ -28,7 +29,7 @@ IMPURE_STDLIB = {
     *("ssl", "subprocess", "tempfile", "threading", "time", "urllib", "uuid"),
 }
 PURE_STDLIB = (sys.stdlib_module_names - IMPURE_STDLIB) | {"urllib.parse"}
-PURE_LIBRARIES = {"msgspec", "cryptography", "jwt", "zstandard"}
+PURE_LIBRARIES = {"msgspec", "cryptography", "h11", "jwt", "zstandard"}
 FILE_IO = {
     *(
         "exists",
@@ -54,7 +55,7 @@ NURSERIES = {
     *("work.sender", "metrics.server", "control.server", "router.app"),
 }
 FORK = {"engine.guard"}
-GUARDS = {"work.request", "cli.render", "router.server"}
+GUARDS = {"work.request", "cli.render", "router.server", "engine.streams"}
 FOREIGN_MODULES = {"asyncio", "anyio", "concurrent", "multiprocessing"}
 FOREIGN_CALLS = {"threading.Thread", "threading.Timer", "time.sleep", "os.system", "os.popen"}
 MOST_LINES, MOST_LINES_OF_A_FUNCTION, MOST_LINES_OF_THE_TREE = 300, 60, 120

@@ -184,6 +184,11 @@ class FakeReply:
         self.headers = engine.headers
         self.engine = engine
 
+    async def relay(self, taker: Any) -> None:
+        async for piece in self.chunks():
+            if not taker.take(piece):
+                await taker.room()
+
     async def chunks(self) -> AsyncIterator[bytes]:
         for item in self.engine.script:
             if isinstance(item, float | int):

@@ -10,7 +10,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from xim_agent.mesh import codec
 from xim_agent.mesh.messages import MAX_BATCH, End, Error, Head
-from xim_agent.work.outbox import BATCH_SECONDS, MAX_DATA, MAX_IN_FLIGHT, RESEND_SECONDS, Batch, Outbox
+from xim_agent.work.batch import Batch
+from xim_agent.work.outbox import BATCH_SECONDS, MAX_DATA, MAX_IN_FLIGHT, RESEND_SECONDS, Outbox
 
 HEAD = Head(200, {"content-type": "text/event-stream"})
 END = End("complete", 0, 0, None, 1)
@@ -259,6 +260,33 @@ def test_only_endings_are_spooled(outbox: Outbox) -> None:
     assert [codec.decode_frame(raw)[:3] for raw in outbox.unacknowledged_endings()] == [(1, 1, "end")]
 
 
-def test_more_data_than_credit_is_a_bug(outbox: Outbox) -> None:
-    with pytest.raises(AssertionError):
-        outbox.data(1, bytes(10_000_001))
+def test_no_more_is_taken_than_there_is_credit(outbox: Outbox) -> None:
+    assert outbox.data(1, bytes(9_999_999)) == (9_999_999, True)
+    assert outbox.data(1, b"ab") == (1, False)
+    assert outbox.data(1, b"b") == (0, False)
+    assert outbox.totals(1)[0] == 10_000_000
+    outbox.grant({1: 10_000_002})
+    assert outbox.data(1, b"bc") == (2, False)
+    sent = [codec.decode_frame(raw) for raw in drained(outbox)]
+    assert sum(len(frame[3]) for frame in sent) == 10_000_002
+    assert [frame[1] for frame in sorted(sent)] == list(range(len(sent)))
+
+
+def drained(outbox: Outbox) -> list[bytes]:
+    found, now = [], 0.0
+    while (batch := outbox.take(now)) is not None:
+        found += batch.raw
+        outbox.delivered(batch, {}, now)
+        now += 0.02
+    return found
+
+
+def test_many_are_sent_by_length(outbox: Outbox) -> None:
+    sizes = [n * 7 % 20 + 1 for n in range(20)]
+    for size in sizes:
+        outbox.data(1, bytes(size))
+    batch = outbox.take(0.0)
+    assert batch is not None
+    sent = [codec.decode_frame(raw) for raw in batch.raw]
+    assert [len(frame[3]) for frame in sent] == sorted(sizes)
+    assert [len(frame[3]) for frame in sorted(sent)] == sizes

@@ -202,7 +202,15 @@ def test_the_tail_is_that_of_the_body_however_it_is_cut(filler: list[bytes], cut
             tail.add(body[at : at + cut])
         at += cut
     assert tail.error() == "EngineCore encountered an issue"
-    assert b"".join(tail._chunks)[-TAIL_BYTES:] == body[-TAIL_BYTES:]
+    assert b"".join(tail._pieces)[-TAIL_BYTES:] == body[-TAIL_BYTES:]
+
+
+def test_the_tail_stays_small() -> None:
+    for size in (1, 7, 200, 500, 4096, 70_000):
+        tail = Tail()
+        for _ in range(200):
+            tail.add(bytes(size))
+            assert sum(map(len, tail._pieces)) <= 5 * TAIL_BYTES
 
 
 @settings(max_examples=40)

@@ -81,11 +81,12 @@ class Reply:
     def __init__(self, body: bytes) -> None:
         self.body = body
 
-    async def chunks(self) -> AsyncIterator[bytes]:
+    async def relay(self, taker: Any) -> None:
         dice = random.Random(self.body)
         for chunk in answer(self.body):
             await trio.sleep(dice.choice((0.0, 0.002, 0.05)))
-            yield chunk
+            if not taker.take(chunk):
+                await taker.room()
 
 
 @asynccontextmanager

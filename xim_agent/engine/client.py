@@ -3,16 +3,20 @@
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import httpx
 import trio
 
 from xim_agent.engine.poison import Poison, Poisonous, mark
+from xim_agent.engine.reader import Malformed
 from xim_agent.engine.salt import salted
+from xim_agent.engine.streams import Connection, Streams
 from xim_agent.errors import AgentError
 
+ONE_PACKET = 64 * 1024
 LOSS_SECONDS = 10.0  # from the end of vLLM's engine core to that of its API server (it looks every 5 s)
-_LOST = (httpx.HTTPError, httpx.StreamError, trio.ClosedResourceError, trio.BrokenResourceError)
 
 
 class EngineLost(AgentError):
@@ -23,7 +27,7 @@ class EngineLost(AgentError):
 
 
 def connect(socket: str) -> httpx.AsyncClient:
-    """Hundreds of idle keep-alive connections cost httpx 40-100 ms of CPU a request, so none is kept."""
+    """For probes: whole answers to single requests."""
     transport = httpx.AsyncHTTPTransport(
         uds=socket, verify=False, limits=httpx.Limits(max_connections=None, max_keepalive_connections=0)
     )
@@ -35,29 +39,65 @@ def connect(socket: str) -> httpx.AsyncClient:
     )
 
 
-@dataclass(frozen=True)
+class Taker(Protocol):
+    """Where a body goes. `take` is synchronous and keeps all of a piece, also of one too many; False: no more now."""
+
+    def take(self, piece: bytes) -> bool: ...
+    async def room(self) -> None: ...
+
+
 class EngineReply:
     """`headers`: lower-case names, as the engine sent them."""
 
-    status: int
-    headers: dict[str, str]
-    _response: httpx.Response
-    _waits: "Waits"
-    _came: Callable[[], None]
+    def __init__(self, client: "EngineClient", connection: Connection) -> None:
+        self.status = connection.reader.status
+        self.headers = connection.reader.headers
+        self._client = client
+        self._connection = connection
+        self._full = False
+        self._events = self.headers.get("content-type", "").startswith("text/event-stream")
+
+    async def relay(self, taker: Taker) -> None:
+        """The whole body, undecoded, as it comes; not read while the taker has no room. Raises EngineLost."""
+        while await self._more(taker.take):
+            await taker.room()
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
-        """The body as it comes, undecoded. Raises EngineLost when it is cut."""
-        body = self._response.aiter_raw()
-        while True:
-            try:
-                with self._waits:
-                    chunk = await anext(body, None)
-            except _LOST as error:
-                raise EngineLost(repr(error)) from error
-            if chunk is None:
-                return
-            self._came()
-            yield chunk
+        """The same for one who waits between pieces."""
+        got: list[bytes] = []
+
+        def take(piece: bytes) -> bool:
+            got.append(piece)
+            return False
+
+        more = True
+        while more:
+            more = await self._more(take)
+            for piece in got:
+                yield piece
+            got.clear()
+
+    async def _more(self, take: Callable[[bytes], bool]) -> bool:
+        """False after the last byte; what came before a loss is given first."""
+        connection = self._connection
+        if early := connection.early:
+            connection.early, connection.begun = b"", True
+            if not self._came(take, early):
+                return True
+        self._full = False
+        if not connection.reader.done and connection.lost is None:
+            connection.take = partial(self._came, take)
+            with self._client.waits:
+                await self._client.streams.wait(connection)
+        if connection.lost is not None and not self._full:
+            raise EngineLost(connection.lost)
+        return self._full or not connection.reader.done
+
+    def _came(self, take: Callable[[bytes], bool], piece: bytes) -> bool:
+        self._client.streamed += self._events
+        more = take(piece)
+        self._full = not more
+        return more
 
 
 @dataclass
@@ -85,7 +125,8 @@ class EngineClient:
         self.waits = Waits()
         self.poison = Poison()
         self._salt_secret = salt_secret
-        self._http: httpx.AsyncClient | None = None
+        self.streams = Streams()
+        self._socket: str | None = None
         self._running: dict[object, tuple[str, bytes]] = {}
         self._lost: dict[bytes, float] = {}  # mark → when
 
@@ -95,11 +136,11 @@ class EngineClient:
 
     def attach(self, socket: str) -> None:
         self._lost.clear()
-        self._http = connect(socket)
+        self._socket = socket
 
     def detach(self) -> None:
         """From now on `open` fails at once. Requests under way end as their connections do, with the process."""
-        self._http = None
+        self._socket = None
         for path, body in self._running.values():
             self._note_loss(path, body)
 
@@ -127,12 +168,12 @@ class EngineClient:
         known = mark(path, body) if self.poison.watchful else b""
         if self.poison.refuses(known):
             raise Poisonous
-        if self._http is None:
+        if self._socket is None:
             raise EngineLost("it is not running")
         key = object()
         self._running[key] = path, body
         try:
-            async with self._replied(self._http, path, headers, self._salted(path, body, tenant)) as reply:
+            async with self._replied(self._socket, path, headers, self._salted(path, body, tenant)) as reply:
                 yield reply
             if reply.status >= 500:
                 self._note_loss(path, body)
@@ -150,20 +191,29 @@ class EngineClient:
 
     @asynccontextmanager
     async def _replied(
-        self, http: httpx.AsyncClient, path: str, headers: Mapping[str, str], body: bytes
+        self, socket: str, path: str, headers: Mapping[str, str], body: bytes
     ) -> AsyncIterator[EngineReply]:
-        request = http.build_request("POST", path, headers=dict(headers), content=body)
         try:
             with self.waits:
-                response = await http.send(request, stream=True)
-        except _LOST as error:
+                connection = await self.streams.connect(socket)
+        except OSError as error:
             raise EngineLost(repr(error)) from error
         try:
-            stream = response.headers.get("content-type", "").startswith("text/event-stream")
-            came = self._piece if stream else lambda: None
-            yield EngineReply(response.status_code, dict(response.headers), response, self.waits, came)
+            with self.waits:
+                await self._ask(connection, path, headers, body)
+            yield EngineReply(self, connection)
         finally:
-            await response.aclose()
+            self.streams.close(connection)
 
-    def _piece(self) -> None:
-        self.streamed += 1
+    async def _ask(self, connection: Connection, path: str, headers: Mapping[str, str], body: bytes) -> None:
+        try:
+            head = connection.reader.request(path, dict(headers), body)
+        except Malformed as error:
+            raise EngineLost(str(error)) from None
+        # One packet where that is cheap; a body of 32 MiB is not copied for it.
+        parts = (head + body,) if len(body) <= ONE_PACKET else (head, body)
+        for part in parts:
+            await self.streams.send(connection, part)
+        await self.streams.wait(connection)
+        if not connection.reader.status:
+            raise EngineLost(connection.lost or "no answer")

@@ -117,7 +117,7 @@ class RouterClient:
 
         return codec.decode_poll_reply(data, nameless)
 
-    async def events(self, boot: str, frames: Sequence[Raw]) -> EventsReply:
+    async def events(self, boot: str, frames: Sequence[bytes | Raw]) -> EventsReply:
         body = codec.encode_events(boot, frames)
         return await self._work("/v1/work/events", body, MAX_EVENTS, codec.decode_events_reply, SILENCE_SECONDS)
 

@@ -93,8 +93,10 @@ def _lease(raw: Raw) -> Lease:
         return OddLease(named.id, "", "", "", {}, None, False, "", 0, 0, flaw=str(error))
 
 
-def encode_events(boot: str, frames: Sequence[Raw]) -> bytes:
-    return _encoder.encode(EventsRequest(boot=boot, frames=list(frames)))
+def encode_events(boot: str, frames: Sequence[bytes | Raw]) -> bytes:
+    """An `EventsRequest`; encoded frames are put behind the length of their array as they are."""
+    empty = _encoder.encode(EventsRequest(boot=boot, frames=[]))
+    return b"".join((empty[:-1], b"\xdd", len(frames).to_bytes(4, "big"), *frames))
 
 
 def decode_events_request(data: bytes) -> EventsRequest:

@@ -7,6 +7,7 @@ import trio
 
 from xim_agent.mesh.messages import End, EndReason, Error, Head, Lease
 from xim_agent.work.outbox import Outbox
+from xim_agent.work.tail import Tail
 
 Verdict = EndReason | Error | Literal["unknown"]
 
@@ -27,13 +28,15 @@ class Outgoing:
         self._replied: float | None = None
         self.scope = trio.CancelScope(deadline=self.received + max(0, lease.deadline_ms) / 1000)
         self.verdict: Verdict | None = None
-        self.last_byte = self.received
+        # Of an event stream: what is looked at when it has ended.
+        self.tail: Tail | None = None
         self._outbox = outbox
         self._stir = stir
         self._done = done
         self._credit = trio.Event()
         self._first: float | None = None
         self._ended = False
+        self._rest = b""
         outbox.open(lease.id, lease.credit)
 
     @property
@@ -47,23 +50,35 @@ class Outgoing:
 
     def head(self, status: int, headers: dict[str, str]) -> None:
         self._replied, self.status = trio.current_time(), status
-        self._outbox.head(self.id, Head(status, headers))
-        self._stir()
+        if self._outbox.head(self.id, Head(status, headers)):
+            self._stir()
 
-    async def write(self, chunk: bytes) -> None:
-        """Waits while there is no credit. Cancellation leaves what was numbered to be sent, and drops the rest."""
-        self.last_byte = trio.current_time()
-        while chunk:
-            room = self._outbox.room(self.id)
-            if not room:
+    def take(self, piece: bytes) -> bool:
+        """Numbers what the credit allows and keeps the rest; False while there is a rest. Synchronous."""
+        if self.tail is not None:
+            self.tail.add(piece)
+        if self._rest:
+            self._rest += piece
+            return False
+        size, earlier = self._outbox.data(self.id, piece)
+        if earlier:
+            self._stir()
+        if size and self._first is None:
+            self._first = trio.current_time()
+        if size == len(piece):
+            return True
+        self._rest = piece[size:]
+        return False
+
+    async def room(self) -> None:
+        """Until there is no rest. Cancellation leaves what was numbered to be sent, and drops what was not."""
+        while self._rest:
+            if not self._outbox.room(self.id):
                 self._credit = trio.Event()
                 await self._credit.wait()
-                continue
-            part, chunk = (chunk, b"") if len(chunk) <= room else (chunk[:room], chunk[room:])
-            if self._first is None:
-                self._first = trio.current_time()
-            self._outbox.data(self.id, part)
-            self._stir()
+            rest, tail, self._rest, self.tail = self._rest, self.tail, b"", None
+            self.take(rest)
+            self.tail = tail
 
     def credited(self) -> None:
         self._credit.set()

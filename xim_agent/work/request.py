@@ -2,9 +2,9 @@
 
 import logging
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import AbstractAsyncContextManager, aclosing
-from typing import Any, Protocol
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol
 
 import trio
 
@@ -21,14 +21,21 @@ log = logging.getLogger("xim_agent.work")
 _CODES: dict[str, ErrorCode] = {"engine_lost": "engine_lost", "poison_request": "invalid_request"}
 
 
+class Taker(Protocol):
+    def take(self, piece: bytes) -> bool: ...
+    async def room(self) -> None: ...
+
+
 class EngineReply(Protocol):
-    """`headers`: lower-case names. `chunks` raises an AgentError with code `engine_lost` when the engine is gone."""
+    """`headers`: lower-case names. `relay` gives the whole body, and raises an AgentError with code `engine_lost` when
+    the engine is gone; it reads on only while `take` says so, else after `room`.
+    """
 
     @property
     def status(self) -> int: ...
     @property
     def headers(self) -> Mapping[str, str]: ...
-    def chunks(self) -> AsyncIterator[bytes]: ...
+    async def relay(self, taker: Taker) -> None: ...
 
 
 class EngineClient(Protocol):
@@ -94,33 +101,14 @@ async def _relay(lease: Lease, out: Outgoing, engine: Engine, bodies: Bodies) ->
     async with engine.client.open(lease.path, asked, body, tenant=lease.tenant) as reply:
         headers = reply_headers(reply.headers)
         out.head(reply.status, headers)
-        tail = Tail() if headers.get("content-type", "").startswith("text/event-stream") else None
-        async with _closing(reply.chunks()) as chunks:
-            async for chunk in chunks:
-                if tail is not None:
-                    tail.add(chunk)
-                await out.write(chunk)
-        if tail is not None and (message := tail.error()) is not None:
+        if headers.get("content-type", "").startswith("text/event-stream"):
+            out.tail = Tail()
+        await reply.relay(out)
+        if out.tail is not None and (message := out.tail.error()) is not None:
             raise AgentError("engine_lost", f"the engine broke off: {message}")
     if not engine.ready:
         return Error("engine_lost", "the engine stopped during the request", retryable=out.untouched)
     return out.ending("complete")
-
-
-def _closing(chunks: AsyncIterator[bytes]) -> AbstractAsyncContextManager[Any]:
-    """A generator left half-way has to be closed by hand."""
-    return aclosing(chunks) if isinstance(chunks, AsyncGenerator) else _Open(chunks)
-
-
-class _Open:
-    def __init__(self, chunks: AsyncIterator[bytes]) -> None:
-        self.chunks = chunks
-
-    async def __aenter__(self) -> AsyncIterator[bytes]:
-        return self.chunks
-
-    async def __aexit__(self, *info: object) -> None:
-        return None
 
 
 async def _fetch(request: str, bodies: Bodies) -> bytes:

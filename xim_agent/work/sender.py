@@ -12,9 +12,10 @@ from msgspec import Raw
 from xim_agent.mesh.messages import Error, EventsReply, Lease
 from xim_agent.outcome import Action, RouterError
 from xim_agent.watch import Watch
+from xim_agent.work.batch import Batch
 from xim_agent.work.lease import Leases
 from xim_agent.work.link import Link
-from xim_agent.work.outbox import MAX_IN_FLIGHT, Batch, Outbox, OutboxStatistics
+from xim_agent.work.outbox import MAX_IN_FLIGHT, Outbox, OutboxStatistics
 from xim_agent.work.outgoing import Outgoing
 from xim_agent.work.spool import Spool
 
@@ -28,7 +29,7 @@ SPOOL_FRAMES = 400
 
 
 class EventsTransport(Protocol):
-    async def events(self, boot: str, frames: Sequence[Raw]) -> EventsReply: ...
+    async def events(self, boot: str, frames: Sequence[bytes | Raw]) -> EventsReply: ...
 
 
 @dataclass(frozen=True)
