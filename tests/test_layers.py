@@ -17,7 +17,7 @@ PURE = {
     *("hardware.report", "hardware.document", "hardware.visible", "hardware.xid", "engine.preview"),
     *("identity.join_key", "identity.claims", "identity.rotation", "assignment.plan", "cache.manifest", "cache.plan"),
     *("engine.facts", "engine.budget", "engine.sizing", "engine.arguments", "engine.command", "engine.state"),
-    *("engine.failures", "engine.salt"),
+    *("engine.failures", "engine.salt", "engine.oom"),
     *("engine.liveness", "engine.poison", "hardware.memory"),
     *("work.lease", "work.outbox", "work.capacity", "mesh.messages", "mesh.codec", "metrics.names"),
     *("router.tokens", "router.dispatch"),
