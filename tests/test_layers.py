@@ -17,7 +17,7 @@ PURE = {
     *("hardware.report", "hardware.document", "hardware.visible", "hardware.xid", "engine.preview"),
     *("identity.join_key", "identity.claims", "identity.rotation", "assignment.plan", "cache.manifest", "cache.plan"),
     *("engine.facts", "engine.budget", "engine.sizing", "engine.arguments", "engine.command", "engine.state"),
-    *("engine.failures", "engine.reader", "engine.salt"),
+    *("engine.failures", "engine.oom", "engine.reader", "engine.salt"),
     *("engine.liveness", "engine.poison", "hardware.memory"),
     *("work.lease", "work.batch", "work.outbox", "work.capacity"),
     *("mesh.messages", "mesh.codec", "mesh.trace", "metrics.names"),

@@ -25,6 +25,7 @@ from xim_agent.engine.guard import Guard
 from xim_agent.engine.service import EngineService
 from xim_agent.errors import AgentError, leaves
 from xim_agent.hardware.holders import read_memory
+from xim_agent.hardware.host import oom_kills
 from xim_agent.hardware.probe import probe
 from xim_agent.hardware.report import Hardware, report
 from xim_agent.hardware.watch import watch_for
@@ -166,9 +167,8 @@ def _wire(
         health=health,
         compile_cache=cache.compile_cache_dir,
         changed=changed,
-        blocked=lambda: cards.in_trouble,
-        gpu_memory=read_memory,
-    )
+        blocked=lambda: cards.in_trouble, gpu_memory=read_memory, oom_kills=oom_kills,
+    )  # fmt: skip
     cards.changed = engine.recheck
     boot = secrets.token_urlsafe(12)
     link = Link(health=health, unreachable=identity.unreachable)

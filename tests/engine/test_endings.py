@@ -2,6 +2,9 @@
 
 The launcher is as hard to end as can be: its engine core and its worker have sessions of their own, ignore SIGTERM,
 hold shared memory, and a request runs. One agent an ending, all at once, and a neighbour's between them.
+
+Out of memory: the whole agent is in a cgroup, as in a container, and the kernel's OOM killer takes what is largest of
+the engine. Where no memory cgroup can be made (a plain user's machine), an RLIMIT_AS refuses the memory instead.
 """
 
 import json
@@ -10,12 +13,13 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import trio
+from fakes.cgroup import memory_limit
 from fakes.engine import alive, shm, until, write_model
 
 from xim_agent.engine.tree import descendants
@@ -23,6 +27,7 @@ from xim_agent.engine.tree import descendants
 AGENT = Path(__file__).parent.parent / "fakes" / "agent_with_engine.py"
 HARD = {"FAKE_VLLM_CORE": "1", "FAKE_VLLM_WORKER": "1", "FAKE_VLLM_SHM": "1"}
 GONE_SECONDS = 10.0
+LIMIT = 192 << 20  # an agent and its guard take 60 MiB of it, each process of the fake 15
 
 
 @dataclass
@@ -60,10 +65,10 @@ def noted(runtime: Path) -> set[str]:
 
 
 @asynccontextmanager
-async def agent(runtime: Path, **env: str) -> AsyncIterator[Running]:
+async def agent(runtime: Path, before: Sequence[str] = (), **env: str) -> AsyncIterator[Running]:
     """A running agent with a ready engine. Nothing of it is left afterwards in any case."""
     write_model(runtime / "model")
-    command = [sys.executable, str(AGENT), str(runtime)]
+    command = [*before, sys.executable, str(AGENT), str(runtime)]
     paths = {"PYTHONPATH": f"{AGENT.parent.parent.parent}"}
     log = (runtime / "log").open("wb")
     process = await trio.lowlevel.open_process(command, env={**os.environ, **paths, **HARD, **env}, stderr=log)
@@ -122,20 +127,46 @@ ENDINGS: dict[str, tuple[Strike, dict[str, str], int | None]] = {
     "kill -9 of the worker": (kill(lambda r: r.tree[2]), {}, None),
     "out of memory, by rlimit": (out_of_memory, {}, None),
     "killed by the kernel, by rlimit": (worker_at_its_cpu_limit, {}, None),
-}
+    **{
+        name: (out_of_memory, env, None)
+        for name, env in {
+            "OOM kill of the worker": {"FAKE_VLLM_OOM": "worker"},
+            "OOM kill of EngineCore": {"FAKE_VLLM_OOM": "core"},
+            "OOM kill, the API server lives and says so": {"FAKE_VLLM_OOM": "worker", "FAKE_VLLM_SURVIVES": "503"},
+            "OOM kill, the API server lives as if all were well": {
+                "FAKE_VLLM_OOM": "core", "FAKE_VLLM_SURVIVES": "200", "HANG_SECONDS": "3",
+            },
+        }.items()
+    },
+}  # fmt: skip
+
+
+def for_want_of_memory(runtime: Path, killed: bool) -> None:
+    """`killed`: by the kernel, so that nobody of the engine could say why."""
+    (failure,) = [json.loads(line) for line in (runtime / "failures").read_text().splitlines()]
+    assert failure["class"] == "host_out_of_memory"
+    assert "give the host or the container more memory" in failure["hint"]
+    if killed:
+        assert "the kernel has killed for want of memory (in the agent's own container or unit)" in failure["text"]
 
 
 async def ends(name: str, runtime: Path, neighbour: Running) -> None:
+    with memory_limit(LIMIT) if name.startswith("OOM") else nullcontext([]) as before:
+        await _ends(name, runtime, neighbour, before)
+
+
+async def _ends(name: str, runtime: Path, neighbour: Running, before: Sequence[str]) -> None:
     strike, env, status = ENDINGS[name]
-    async with agent(runtime, **env) as running:
+    async with agent(runtime, before, **env) as running:
         try:
             await strike(running)
             ours = running.tree if status is None else [running.agent, running.guard, *running.tree]
-            await until(lambda: not any(map(alive, ours)), GONE_SECONDS)
-            await until(lambda: not running.shm & shm(), 1.0)
+            await until(lambda: not any(map(alive, ours)) and not running.shm & shm(), GONE_SECONDS)
             if status is None:
                 (runtime / "control").write_text("")
                 await until(running.ready_again, 30)
+                if strike is out_of_memory:
+                    for_want_of_memory(runtime, killed=bool(before))
                 neighbour.untouched()
                 running.process.terminate()
                 status = 0

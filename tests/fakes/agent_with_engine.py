@@ -1,7 +1,8 @@
 """A whole agent tree over a scripted vLLM, without a router, to be ended in every way: `agent_with_engine.py RUNTIME`.
 
 Guard, signals, drain and engine are the real ones. RUNTIME/model holds a model. Writes RUNTIME/ready at each start that
-becomes ready, with the pids of agent and guard. A request without an end runs all the time.
+becomes ready, with the pids of agent and guard, and a line to RUNTIME/failures for each engine that failed.
+A request without an end runs all the time.
 """
 
 import json
@@ -17,6 +18,7 @@ from xim_agent import agent
 from xim_agent.engine.client import EngineLost
 from xim_agent.engine.guard import Guard
 from xim_agent.engine.service import EngineService
+from xim_agent.hardware.host import oom_kills
 
 LONG = {"model": "m", "prompt": "hi", "stream": True, "max_tokens": 1_000_000, "fake": {"delay": 0.05}}
 
@@ -76,14 +78,23 @@ class Work:
         await trio.lowlevel.checkpoint()
 
 
+def note_failure(bench: Bench, engine: EngineService) -> None:
+    failed = [row for row in bench.health.report() if row["code"] == "engine_failed"]
+    if failed:
+        with (bench.runtime / "failures").open("a") as file:
+            file.write(json.dumps({"class": engine.statistics().failure, **failed[0]}) + "\n")
+
+
 def main() -> None:
     runtime = Path(sys.argv[1])
     guard = Guard.start()
     env = {name: value for name, value in os.environ.items() if name.startswith("FAKE_VLLM_")}
-    bench = Bench(guard, runtime, runtime / "model", env=env)
+    settings = {"engine_hang_seconds": float(os.environ.get("HANG_SECONDS", "60"))}
+    bench = Bench(guard, runtime, runtime / "model", env=env, settings=settings, oom_kills=oom_kills)
 
     async def run() -> None:
         engine = bench.service()
+        bench.health.on_change = lambda: note_failure(bench, engine)
         idle = Idle()
         drain = float(os.environ.get("DRAIN_SECONDS", "0.5"))
         await agent.run(

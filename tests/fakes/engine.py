@@ -16,6 +16,7 @@ from xim_agent.clock import SystemClock
 from xim_agent.config.fields import Config
 from xim_agent.engine.gate import ReadMemory
 from xim_agent.engine.guard import Guard
+from xim_agent.engine.oom import Counts
 from xim_agent.engine.service import EngineService
 from xim_agent.engine.tree import process
 from xim_agent.hardware.report import Cpu, Hardware
@@ -81,6 +82,7 @@ class Bench:
     blocked: Callable[[], bool] = lambda: False
     hardware: Hardware = CPU_HOST
     gpu_memory: ReadMemory = lambda _: ()
+    oom_kills: Callable[[], Counts] = lambda: (0, 0)
 
     def service(self) -> EngineService:
         known = {"FAKE_VLLM_CONTROL": str(self.runtime / "control"), "FAKE_VLLM_COUNT": str(self.runtime / "starts")}
@@ -98,6 +100,7 @@ class Bench:
             changed=lambda: None,
             blocked=self.blocked,
             gpu_memory=self.gpu_memory,
+            oom_kills=self.oom_kills,
         )
 
     def target(self, **serving: Any) -> EngineTarget:

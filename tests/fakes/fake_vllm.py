@@ -15,6 +15,8 @@ Environment (given to it by the agent's VLLM_ENV, or the operator's environment)
   FAKE_VLLM_CORE            1: forks an "EngineCore" with its own session that ignores SIGTERM and never ends by itself.
                             While it is stopped (SIGSTOP) the engine hangs; when it is gone the server exits with 1
   FAKE_VLLM_WORKER          1: the EngineCore forks a "worker" alike; when that is gone, it exits with 1
+  FAKE_VLLM_OOM             core or worker: which of them obeys `oom` (the last there is)
+  FAKE_VLLM_SURVIVES        the server does not exit when its core is gone: 503 = /health says so, 200 = it does not
   FAKE_VLLM_LATE            seconds that the words `late_health` and `late_metrics` delay these answers by (6)
   FAKE_VLLM_SHM             1: makes and maps /dev/shm/psm_<random> in the EngineCore (else in itself), never removed
   FAKE_VLLM_NEVER_HEALTHY   1: /health answers 503
@@ -23,8 +25,8 @@ Environment (given to it by the agent's VLLM_ENV, or the operator's environment)
   FAKE_VLLM_CONTROL         file of words, read before every token and every 50 ms: `hang` (health 200, counters and
                             tokens stand still), `saturated` (counters move, tokens do not), `prefill` (of what the
                             core tells only the use of its KV cache moves), `compute` (nothing moves, the core uses its
-                            CPU), `late_health`, `late_metrics`, `sick` (health 503), `die` (exits with 9), `oom` (the
-                            last of core and worker allocates against its RLIMIT_AS until the kernel refuses)
+                            CPU), `late_health`, `late_metrics`, `sick` (health 503), `die` (exits with 9), `oom` (core
+                            or worker takes memory until a cgroup's limit kills it; after 256 MiB an RLIMIT_AS refuses)
 Request fields: `max_tokens`, and `fake`: {"delay": s, "first_delay": s, "error_after": n (what vLLM sends when it loses
 its engine: an error event, then [DONE], then a clean end), "cut_after": n (socket closed), "die_after": n (exits)}.
 """
@@ -107,7 +109,7 @@ class Engine:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.running = self.steps = self.generated = self.prompted = self.aborted = self.finished = 0
-        self.draining = False
+        self.draining = self.lost = False
         self.words: frozenset[str] = frozenset()
         self.prefilled = 0
         self.reported = 0  # running requests, as the core last told
@@ -129,8 +131,12 @@ class Engine:
         if CORE:
             state = process_state(CORE)
             if state in "ZX":
-                print("ERROR 01-01 00:00:00 [core_client.py:1] Engine core proc died", file=sys.stderr, flush=True)
-                os._exit(1)
+                if not self.lost:
+                    say("Engine core proc EngineCore died unexpectedly, shutting down client.", "ERROR")
+                self.lost = True
+                if "FAKE_VLLM_SURVIVES" not in ENV:
+                    os._exit(1)
+                words |= {"hang", "sick"} if ENV["FAKE_VLLM_SURVIVES"] == "503" else {"hang"}
             if state == "T":
                 words |= {"hang"}
         self.words = words
@@ -380,7 +386,7 @@ def make_shm() -> mmap.mmap:
     return mapped
 
 
-def fork_core() -> int:
+def fork_core(name: str = "core") -> int:
     """A process with its own session, deaf to SIGTERM; returns its pid."""
     if pid := os.fork():
         return pid
@@ -389,19 +395,21 @@ def fork_core() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     worker = 0
     if ENV.pop("FAKE_VLLM_WORKER", "") == "1":
-        worker = fork_core()
+        worker = fork_core("worker")
+    hungry = name == (ENV.get("FAKE_VLLM_OOM") or ("core" if not worker and name == "core" else "worker"))
     kept = [make_shm()] if ENV.get("FAKE_VLLM_SHM") == "1" else []
     while True:
         words = told()
         time.sleep(0.0 if "compute" in words else 0.05)
         if worker and process_state(worker) in "ZX":
             os._exit(1)
-        if worker:
+        if worker and not hungry:
             continue
         while "compute" in words and time.monotonic() % 0.1 > 0.001:
             pass
-        if "oom" in words:
-            resource.setrlimit(resource.RLIMIT_AS, (1 << 28, 1 << 28))
+        if hungry and "oom" in words:
+            most = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE + (1 << 28)
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
             while True:
                 kept.append(mmap.mmap(-1, 1 << 24))
                 kept[-1].write(b"x" * (1 << 24))

@@ -2,7 +2,9 @@
 
 import re
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from xim_agent.engine.oom import Where
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,8 @@ _CLASSES = (
          "repair the installation that VLLM_PATH names"),
     _row("engine_killed", r"died unexpectedly", _KILLED),
 )  # fmt: skip
+_MEMORY = next(row for row in _CLASSES if row.code == "host_out_of_memory")
+_OOM = {"cgroup": "in the agent's own container or unit", "machine": "on this machine"}
 # What vLLM writes as a warning may name errors that it only fears.
 _QUIET = re.compile(r"^(?:\([^)]*\) )?(?:DEBUG|INFO|WARNING)\b")
 _UNKNOWN = "look at the end of what vLLM wrote: the agent's log has it whole, up to 64 KiB"
@@ -121,11 +125,20 @@ _PREFIX = re.compile(r"^(?:\([^)]*\) )?(?:(?:ERROR|CRITICAL) [\d-]+ [\d:]+ \[[^\
 _ERROR_LINE = re.compile(r"(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*|.*\berror: .*")
 
 
-def classify(status: int | None, tail: str, what: str = "", *, served: bool = False) -> Failure:
+def classify(status: int | None, tail: str, what: str = "", *, served: bool = False, oom: Where = "") -> Failure:
     """`status`: exit status, negative for a signal, None when we ended it ourselves because of `what`.
 
     `served`: it had been ready. What it wrote then may be old, or a client's words: it is always tried again.
+    `oom`: where the kernel's OOM killer was at work lately; what it kills has no last word.
     """
+    found = _by_words(status, tail, what, served=served)
+    if (oom and found.code == "engine_killed") or (oom == "cgroup" and found.code == "engine_failed"):
+        text = f"{found.text}; the kernel has killed for want of memory ({_OOM[oom]})"
+        return replace(found, code=_MEMORY.code, text=text, remedy=_MEMORY.remedy, retry=_MEMORY.retry)
+    return found
+
+
+def _by_words(status: int | None, tail: str, what: str, *, served: bool) -> Failure:
     lines = [line.strip() for line in tail.splitlines() if line.strip() and not _QUIET.match(line)]
     named = [line for line in lines if _ERROR_LINE.search(line)]
     causes = [line for line in named if not _FOLLOWS.search(line)]

@@ -12,6 +12,7 @@ from xim_agent.engine.client import EngineClient
 from xim_agent.engine.guard import Child, Guard
 from xim_agent.engine.leftovers import Leftovers
 from xim_agent.engine.liveness import Liveness, Sign
+from xim_agent.engine.oom import LATELY_SECONDS, Counts, OomKills, Where
 from xim_agent.engine.output import Lines, Tail, level_of, phase_of
 from xim_agent.engine.probe import Answer, Probe, ProbeFailed
 from xim_agent.engine.scrape import Scrape
@@ -33,6 +34,7 @@ class Ended:
     why: str
     tail: str
     ready_for: float
+    oom: Where = ""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Hooks:
 class EngineRun:
     """Made for one run. `stop` may be called at any time, from any task. `client`: whose requests prove life.
 
-    `on_cpu`: the CPU is where it computes.
+    `on_cpu`: the CPU is where it computes. `oom_kills`: as `OomKills.read`.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class EngineRun:
         stall_seconds: float,
         hang_seconds: float,
         on_cpu: bool,
+        oom_kills: Callable[[], Counts] = lambda: (0, 0),
     ) -> None:
         self._guard = guard
         self._probe = probe
@@ -76,6 +79,7 @@ class EngineRun:
         self._ready_at: float | None = None
         self._canaries = self._canaries_back = 0
         self._on_cpu = on_cpu
+        self._oom = OomKills(oom_kills, hang_seconds + LATELY_SECONDS)
 
     @property
     def stopping(self) -> bool:
@@ -87,6 +91,7 @@ class EngineRun:
 
     async def run(self, argv: Sequence[str], env: Mapping[str, str], cwd: str, leftovers: Leftovers) -> Ended:
         """Raises OSError when the launcher cannot be executed, and GuardLost. Cancelled: all is killed, within 5 s."""
+        self._oom.look(trio.current_time())
         child = await self._guard.spawn(argv, env, cwd, leftovers)
         status = None
         try:
@@ -100,6 +105,7 @@ class EngineRun:
                 with self._over:
                     status = await child.wait()
                 self._hooks.over()
+                oom = self._oom.lately(trio.current_time())
                 ready_for = 0.0 if self._ready_at is None else trio.current_time() - self._ready_at
                 await self._guard.kill_all()
                 with trio.move_on_after(1.0):  # what is still in the pipes
@@ -112,7 +118,7 @@ class EngineRun:
             with trio.move_on_after(1.0, shield=True):
                 await child.aclose()
                 await self._probe.aclose()
-        return Ended(status, self._why, self._tail.text(), ready_for)
+        return Ended(status, self._why, self._tail.text(), ready_for, oom)
 
     def _fail(self, why: str) -> None:
         if not self.stopping and not self._why:
@@ -151,6 +157,7 @@ class EngineRun:
         while self._ready_at is None:
             used = await trio.to_thread.run_sync(tree.cpu_seconds, child.pid)
             now = trio.current_time()
+            self._oom.look(now)
             if self._written != seen[0] or abs(used - seen[1]) > BUSY_SHARE * look:
                 idle_since = now
             seen = (self._written, used)
@@ -192,6 +199,7 @@ class EngineRun:
         core = tree.Usage(child.pid)
         while True:
             await trio.sleep(1.0)
+            self._oom.look(trio.current_time())
             answer, found = await self._look()
             if answer is Answer.FAILED:
                 self._fail("vLLM says that its engine core has died")

@@ -16,6 +16,7 @@ from xim_agent.engine.command import Plan
 from xim_agent.engine.failures import Failure, classify
 from xim_agent.engine.gate import Gate, ReadMemory
 from xim_agent.engine.guard import Guard, GuardLost
+from xim_agent.engine.oom import Counts
 from xim_agent.engine.planner import Planner
 from xim_agent.engine.probe import Probe
 from xim_agent.engine.process import KILL_SECONDS, EngineRun, Hooks
@@ -42,7 +43,7 @@ class EngineService:
 
     `runtime_dir`: 0700, of this agent alone, short. `compile_cache`: vLLM's version → a directory for its caches.
     `blocked`: true while a GPU of it is in trouble; call `recheck` when that changes.
-    `gpu_memory`: blocking, what is free and who holds the rest, by the cards' uuids.
+    `gpu_memory`: blocking, what is free and who holds the rest, by the cards' uuids. `oom_kills`: see `OomKills`.
     """
 
     def __init__(
@@ -58,9 +59,10 @@ class EngineService:
         changed: Callable[[], None],
         blocked: Callable[[], bool] = lambda: False,
         gpu_memory: ReadMemory = lambda _: (),
+        oom_kills: Callable[[], Counts] = lambda: (0, 0),
     ) -> None:
         self._config, self._guard, self._clock, self._health, self._tell = config, guard, clock, health, changed
-        self._blocked, self._on_cpu = blocked, hardware.accelerator == "cpu"
+        self._blocked, self._on_cpu, self._oom_kills = blocked, hardware.accelerator == "cpu", oom_kills
         self._planner = Planner(config, hardware, guard, runtime_dir, compile_cache)
         self._gate = Gate(guard, self._planner, gpu_memory)
         self.client = EngineClient(config.vllm_salt_secret)
@@ -73,8 +75,7 @@ class EngineService:
         self._budget = RestartBudget()
         self._failure: Failure | None = None
         self._gauges = Gauges()
-        self._ceiling = 0
-        self._began = 0.0
+        self._ceiling, self._began = 0, 0.0
         self._phase = ""
         self._seconds_to_ready: float | None = None
         self._starts = self._failures = 0
@@ -206,6 +207,7 @@ class EngineService:
             stall_seconds=self._config.engine_start_stall_seconds,
             hang_seconds=self._config.engine_hang_seconds,
             on_cpu=self._on_cpu,
+            oom_kills=self._oom_kills,
         )
         self._interrupt, self._taken = run.stop, order
         self._starts += 1
@@ -219,7 +221,7 @@ class EngineService:
         if run.stopping:
             self._become(EngineState.STOPPED)
             return 0.0
-        failure = classify(ended.status, ended.tail, ended.why, served=ended.ready_for > 0)
+        failure = classify(ended.status, ended.tail, ended.why, served=ended.ready_for > 0, oom=ended.oom)
         if failure.code == "engine_flag_unknown" and not failure.retry:
             try:
                 if await self._plan_again(order):

@@ -110,6 +110,25 @@ def limits(root: Path) -> tuple[float, float]:
     return cpu, memory
 
 
+def oom_kills(root: Path = Path("/")) -> tuple[int, int]:
+    """How many processes the kernel has killed for want of memory: in our memory cgroup, and on the machine.
+
+    Blocking, microseconds. 0 where it is not told: before Linux 4.13, or without a memory controller.
+    """
+    own = next((directory for kind, directory in _directories(root) if kind == "memory"), None)
+    files = [own / "memory.oom_control"] if own else []  # version 1
+    files += [directory / "memory.events" for kind, directory in _directories(root) if kind == "2"][:1]
+    return sum(_counted(file) for file in files), _counted(root / "proc/vmstat")
+
+
+def _counted(file: Path) -> int:
+    try:
+        found = re.search(r"^oom_kill (\d+)$", file.read_text(), re.MULTILINE)
+    except OSError:
+        return 0
+    return int(found[1]) if found else 0
+
+
 def _directories(root: Path) -> Iterator[tuple[str, Path]]:
     """("2", "memory" or "cpu", directory) of each cgroup this process is in, and of its parents as far as seen."""
     try:

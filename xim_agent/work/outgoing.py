@@ -26,6 +26,7 @@ class Outgoing:
         self.status: int | None = None
         self._asked: float | None = None
         self._replied: float | None = None
+        self._last: float | None = None
         self.scope = trio.CancelScope(deadline=self.received + max(0, lease.deadline_ms) / 1000)
         self.verdict: Verdict | None = None
         # Of an event stream: what is looked at when it has ended.
@@ -60,11 +61,12 @@ class Outgoing:
         if self._rest:
             self._rest += piece
             return False
+        self._last = trio.current_time()
         size, earlier = self._outbox.data(self.id, piece)
         if earlier:
             self._stir()
         if size and self._first is None:
-            self._first = trio.current_time()
+            self._first = self._last
         if size == len(piece):
             return True
         self._rest = piece[size:]
@@ -102,8 +104,7 @@ class Outgoing:
     def hops(self) -> dict[str, Any]:
         """For one line of the log: nothing of the content, times in ms since the lease came, None for what was not."""
         sent, chunks = self._outbox.totals(self.id)
-        last = self.last_byte if self._first is not None else None
-        times = {"asked": self._asked, "replied": self._replied, "first": self._first, "last": last}
+        times = {"asked": self._asked, "replied": self._replied, "first": self._first, "last": self._last}
         times["ended"] = trio.current_time()
         told = {"request": self.request, "trace": self.trace, "path": self.path, "status": self.status}
         return {**told, "bytes": sent, "chunks": chunks} | {
