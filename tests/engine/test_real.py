@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import socket
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,9 @@ import httpx
 import pytest
 import trio
 from fakes.engine import CPU_HOST, alive, assignment, shm, until
+from fakes.real_vllm import ready, real_service, server_info
 
 from xim_agent.assignment.plan import EngineTarget
-from xim_agent.clock import SystemClock
 from xim_agent.config.fields import Config
 from xim_agent.engine.arguments import value_of
 from xim_agent.engine.budget import in_flight
@@ -26,34 +25,19 @@ from xim_agent.engine.facts import ModelFacts
 from xim_agent.engine.guard import Guard
 from xim_agent.engine.service import EngineService
 from xim_agent.engine.tree import descendants
-from xim_agent.health import Health
-
-START_SECONDS = 240  # of a loaded machine with two cores; alone it takes 20
 
 
 @pytest.fixture
 def service(guard: Guard, runtime: Path, vllm_launcher: str) -> EngineService:
-    return EngineService(
-        config=Config(
-            vllm_path=vllm_launcher,
-            vllm_args=("--enforce-eager",),
-            vllm_env=("VLLM_SERVER_DEV_MODE=1",),  # it tells its whole configuration then
-            max_num_seqs=8,
-            drain_timeout_seconds=5,
-        ),
-        hardware=CPU_HOST,
-        guard=guard,
-        runtime_dir=runtime,
-        clock=SystemClock(),
-        health=Health(now=time.time),
-        compile_cache=lambda version: runtime / version,
-        changed=lambda: None,
+    config = Config(
+        vllm_path=vllm_launcher,
+        vllm_args=("--enforce-eager",),
+        vllm_env=("VLLM_SERVER_DEV_MODE=1",),  # it tells its whole configuration then
+        max_num_seqs=8,
+        drain_timeout_seconds=5,
+        model_cache_path=runtime,
     )
-
-
-async def ready(service: EngineService) -> None:
-    with trio.fail_after(START_SECONDS):
-        await service.wait_ready()
+    return real_service(config, guard, runtime)
 
 
 @pytest.mark.engine
@@ -159,9 +143,8 @@ async def reported_numbers(service: EngineService, toy_model: Path, runtime: Pat
     planned = await service._planner.plan(EngineTarget(assignment(), toy_model))
     assert planned.sizing is not None
     async with httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(uds=str(runtime / "engine.sock"))) as client:
-        answer = await client.get("http://vllm/server_info", params={"config_format": "json"})
         seen = await client.post("http://vllm/collective_rpc", json={"method": "get_model_inspection"})
-    told = answer.json()["vllm_config"]
+    told = (await server_info(service))["vllm_config"]
     model, cache, scheduler = told["model_config"], told["cache_config"], told["scheduler_config"]
     assert planned.model.rank_bytes(1, 1) == pytest.approx(2 * parameters(seen.json()["results"][0]), rel=0.03)
     tokens = cache["num_gpu_blocks"] * cache["block_size"]

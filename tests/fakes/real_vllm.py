@@ -40,9 +40,8 @@ def real_service(config: Config, guard: Guard, runtime: Path) -> EngineService:
 
 
 async def ready(service: EngineService) -> None:
-    """Fails at once when the start does."""
-    failures = service.statistics().failures
-    await until(lambda: service.ready or service.statistics().failures > failures, START_SECONDS)
+    """Fails at once when it cannot be expected any more."""
+    await until(lambda: service.ready or service.degraded, START_SECONDS)
     assert service.ready, service.statistics()
 
 
