@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent / "xim_agent"
 # Pure: what goes in is passed in, what comes out is returned. No clock, randomness, file, socket, log or task.
 PURE = {
     *("outcome", "backoff", "text", "config.fields", "config.config", "config.mask"),
-    *("hardware.report", "hardware.document", "hardware.visible", "hardware.xid", "engine.preview"),
+    *("hardware.report", "hardware.document", "hardware.visible", "hardware.xid", "hardware.look", "engine.preview"),
     *("identity.join_key", "identity.claims", "identity.rotation", "assignment.plan", "cache.manifest", "cache.plan"),
     *("engine.facts", "engine.budget", "engine.sizing", "engine.arguments", "engine.command", "engine.state"),
     *("engine.failures", "engine.oom", "engine.reader", "engine.salt"),

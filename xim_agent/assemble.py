@@ -5,7 +5,7 @@ import os
 import platform
 import secrets
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from xim_agent.engine.service import EngineService
 from xim_agent.errors import AgentError, leaves
 from xim_agent.hardware.holders import read_memory
 from xim_agent.hardware.host import oom_kills
-from xim_agent.hardware.probe import probe
+from xim_agent.hardware.machine import Machine
 from xim_agent.hardware.report import Hardware, report
 from xim_agent.hardware.watch import watch_for
 from xim_agent.health import Health
@@ -71,7 +71,7 @@ def skew_condition(health: Health, skew: float) -> None:
 
 
 def make_identity(
-    config: Config, store: StateStore, router: RouterClient, health: Health, hardware: Hardware
+    config: Config, store: StateStore, router: RouterClient, health: Health, hardware: Callable[[], Hardware]
 ) -> IdentityService:
     identity = IdentityService(
         store=store,
@@ -81,7 +81,7 @@ def make_identity(
         join_key=lambda: JoinKey.parse(text) if (text := sources.join_key(config)) else None,
         router_url=parse_router_url(config.router_url) if config.router_url else None,
         agent_info=agent_info(config),
-        hardware=lambda: report(hardware, cache_bytes=int(config.model_cache_max_size_gb * GB)),
+        hardware=lambda: report(hardware(), cache_bytes=int(config.model_cache_max_size_gb * GB)),
         max_concurrent=config.max_concurrent,
     )
     router.credentials = identity
@@ -110,7 +110,7 @@ async def assemble(config: Config, guard: Guard) -> AsyncIterator[Agent]:
     """
     clock = SystemClock()
     health = Health(clock.now)
-    hardware = await probe(env=gpu_environment(config, os.environ))
+    machine = await Machine.find(config, gpu_environment(config, os.environ))
     store = await open_store(config.config_path)
     try:
         async with (
@@ -128,7 +128,7 @@ async def assemble(config: Config, guard: Guard) -> AsyncIterator[Agent]:
             ) as cache,
         ):
             await guard.hold(store.lock)
-            made = _wire(config, guard, clock, health, hardware, store, router, cache)
+            made = _wire(config, guard, clock, health, machine, store, router, cache)
             try:
                 yield made
             except* RouterError as group:
@@ -150,24 +150,24 @@ def _wire(
     guard: Guard,
     clock: Clock,
     health: Health,
-    hardware: Hardware,
+    machine: Machine,
     store: StateStore,
     router: RouterClient,
     cache: Cache,
 ) -> Agent:
-    identity = make_identity(config, store, router, health, hardware)
+    identity = make_identity(config, store, router, health, lambda: machine.hardware)
     changed = Changed()
-    cards = watch_for(hardware, config, health)
+    cards = watch_for(machine, health)
     engine = EngineService(
         config=config,
-        hardware=hardware,
+        hardware=machine.hardware,
         guard=guard,
         runtime_dir=runtime_directory(config.config_path, os.environ),
         clock=clock,
         health=health,
         compile_cache=cache.compile_cache_dir,
         changed=changed,
-        blocked=lambda: cards.in_trouble, gpu_memory=read_memory, oom_kills=oom_kills,
+        blocked=lambda: cards.in_trouble, gpu_memory=read_memory, oom_kills=oom_kills, usable=machine.usable,
     )  # fmt: skip
     cards.changed = engine.recheck
     boot = secrets.token_urlsafe(12)
@@ -198,7 +198,7 @@ def _wire(
     changed.listener = health.on_change = poller.changed
     made = Agent(
         identity=identity, cache=cache, assignment=assignment, engine=engine, poller=poller, sender=sender,
-        health=health, parts=agent.Parts(
+        health=health, machine=machine, parts=agent.Parts(
             identity=identity, engine=engine, assignment=assignment, poller=poller, sender=sender,
             listeners=(cache.watch, cards.run), drain_seconds=config.drain_timeout_seconds,
         ),

@@ -23,6 +23,7 @@ from xim_agent.config.paths import control_name, runtime_directory
 from xim_agent.control import commands
 from xim_agent.control.server import ControlServer
 from xim_agent.engine.service import EngineService
+from xim_agent.hardware.machine import Machine
 from xim_agent.health import Health
 from xim_agent.identity.service import IdentityService
 from xim_agent.log import redact
@@ -48,6 +49,7 @@ class Agent:
     poller: Poller
     sender: Sender
     health: Health
+    machine: Machine
 
     def reasons(self) -> list[str]:
         """Why this agent is not ready: link up, engine proven, not draining; empty when it is."""
@@ -105,6 +107,7 @@ def reachable(made: Agent, config: Config, clock: Clock, router: RouterClient) -
             "not_ready": made.reasons(),
             "idle": made.idle(),
             "health": made.health.report(),
+            "hardware": made.machine.hardware,
             **{name: report() for name, report in statistics.items()},
         }
 

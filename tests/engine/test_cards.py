@@ -10,12 +10,14 @@ import trio
 from fakes.engine import Bench, until
 from fakes.nvml import Machine, machine
 
+from xim_agent.config.fields import Config
 from xim_agent.engine import state
 from xim_agent.engine.service import EngineService
 from xim_agent.engine.state import EngineState
+from xim_agent.hardware import machine as hardware
 from xim_agent.hardware import watch
 from xim_agent.hardware.cards import Cards
-from xim_agent.hardware.watch import CardWatch
+from xim_agent.hardware.watch import CardWatch, watch_for
 from xim_agent.work.capacity import View
 
 
@@ -44,6 +46,10 @@ def view(bench: Bench, service: EngineService) -> View:
         health=tuple(bench.health.conditions()),
         progress=None,
     )
+
+
+def started(bench: Bench, file: str) -> str:
+    return Path(f"/proc/{bench.starts[-1]}/{file}").read_text()
 
 
 async def watched(bench: Bench, nursery: trio.Nursery) -> EngineService:
@@ -113,4 +119,31 @@ async def test_a_card_that_is_lost_before_the_start(bench: Bench, nvml: Machine,
     lose(nvml, 0)
     with trio.fail_after(20):
         await service.wait_ready()
+    await service.stop()
+
+
+async def test_cards_that_are_all_broken_when_the_agent_starts(
+    bench: Bench, nvml: Machine, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "AGAIN_SECONDS", 0.02)
+    lose(nvml, 15)
+    found = await hardware.Machine.find(Config(), {})
+    cards = watch_for(found, bench.health)
+    bench.blocked, bench.hardware, bench.usable = lambda: cards.in_trouble, found.hardware, found.usable
+    service = bench.service()
+    cards.changed = service.recheck
+    await nursery.start(cards.run)
+    nursery.start_soon(service.run)
+    nursery.start_soon(service.switch, bench.target())
+    looks = nvml.inits
+    await until(lambda: nvml.inits > looks + 5)
+    told = view(bench, service)
+    assert (told.phase, told.capacity, bench.starts) == ("degraded", 0, [])
+    assert [(c.code, c.text) for c in told.health] == [("gpu_unusable", "GPU 0 cannot be used: GPU is lost")]
+    lose(nvml, 0)
+    with trio.fail_after(20):
+        await service.wait_ready()
+    assert (view(bench, service).phase, bench.health.conditions()) == ("ready", [])
+    assert "--gpu-memory-utilization" in started(bench, "cmdline"), "planned for the card, not for the CPU"
+    assert "VLLM_CPU" not in started(bench, "environ")
     await service.stop()

@@ -17,6 +17,7 @@ from xim_agent.config.fields import Config
 from xim_agent.engine.gate import ReadMemory
 from xim_agent.engine.guard import Guard
 from xim_agent.engine.oom import Counts
+from xim_agent.engine.planner import Usable
 from xim_agent.engine.service import EngineService
 from xim_agent.engine.tree import process
 from xim_agent.hardware.report import Cpu, Hardware
@@ -83,6 +84,7 @@ class Bench:
     hardware: Hardware = CPU_HOST
     gpu_memory: ReadMemory = lambda _: ()
     oom_kills: Callable[[], Counts] = lambda: (0, 0)
+    usable: Usable | None = None
 
     def service(self) -> EngineService:
         known = {"FAKE_VLLM_CONTROL": str(self.runtime / "control"), "FAKE_VLLM_COUNT": str(self.runtime / "starts")}
@@ -101,6 +103,7 @@ class Bench:
             blocked=self.blocked,
             gpu_memory=self.gpu_memory,
             oom_kills=self.oom_kills,
+            usable=self.usable,
         )
 
     def target(self, **serving: Any) -> EngineTarget:

@@ -47,7 +47,7 @@ async def agent(task: dict[str, Any]) -> None:
     with StateStore.open(config.config_path) as store:
         clock = SystemClock()
         async with RouterClient(insecure=False, clock=clock, on_skew=lambda skew: None) as router:
-            await make_identity(config, store, router, Health(clock.now), HARDWARE).enroll_once()
+            await make_identity(config, store, router, Health(clock.now), lambda: HARDWARE).enroll_once()
 
 
 async def router(task: dict[str, Any], listening: Callable[[], None]) -> None:

@@ -9,8 +9,7 @@ import pytest
 import trio
 from fakes.engine import alive
 
-from xim_agent.hardware import amd
-from xim_agent.hardware import probe as probe_module
+from xim_agent.hardware import amd, drivers
 from xim_agent.hardware.probe import probe
 
 GIB = 2**30
@@ -132,16 +131,16 @@ async def test_rocm_smi_of_several_versions(machine: Path, version: str, name: s
 
 
 @pytest.mark.parametrize("garbage", ["5", "[]", "null", '[{"gpu": "x"}]', "{", "", "ERROR: no permission", '"text"'])
-async def test_garbage_of_both_tools_is_noted(machine: Path, garbage: str) -> None:
+async def test_garbage_of_both_tools_is_no_cpu_machine(machine: Path, garbage: str) -> None:
     for name in ("amd-smi", "rocm-smi"):
         tool(machine, name, f"echo '{garbage}'")
     hardware = await probe_amd(machine)
-    assert (hardware.accelerator, hardware.devices) == ("cpu", ())
-    assert hardware.notes[0].startswith("an AMD GPU is there, but ")
+    assert (hardware.accelerator, hardware.devices, hardware.tier) == ("amd", (), "gpu_amd_shared")
+    assert hardware.broken[0].what.startswith("an AMD GPU is there, but ")
 
 
 async def test_a_tool_that_hangs_is_ended(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe_module, "TOOL_SECONDS", 0.3)
+    monkeypatch.setattr(drivers, "TOOL_SECONDS", 0.3)
     tool(machine, "amd-smi", f"echo $$ > {machine}/pid; exec sleep 60")
     tool(machine, "rocm-smi", f"echo '{json.dumps(ROCM)}'")
     with trio.fail_after(10):

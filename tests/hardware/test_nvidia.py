@@ -10,6 +10,9 @@ from fakes.nvml import GIB, Machine
 from xim_agent.hardware.nvidia import Nvidia, read_nvidia
 from xim_agent.hardware.probe import probe
 
+CARD = "GPU 0 (NVIDIA A10, GPU-0000-aaaa, PCI 00000000:01:00.0)"
+BUS = ("0000:01:00.0",)
+
 
 def test_two_cards_and_a_mig_card(nvml: Machine) -> None:
     nvml.driver = {"version": "570.86.15", "cuda": 12080}
@@ -29,7 +32,7 @@ def test_two_cards_and_a_mig_card(nvml: Machine) -> None:
     ]
     assert [d.compute_capability for d in found.devices] == ["8.6", "9.0", "9.0", "8.6"]
     assert found.devices[1].name == "NVIDIA H100 80GB HBM3"
-    assert (found.driver, found.cuda, found.notes) == ("570.86.15", "12.8", ())
+    assert (found.driver, found.cuda, found.broken) == ("570.86.15", "12.8", ())
     assert nvml.sessions == 0
 
 
@@ -39,7 +42,9 @@ def test_mig_mode_without_a_slice_is_no_device_and_is_noted(nvml: Machine) -> No
     nvml.write()
     found = read_nvidia()
     assert [d.index for d in found.devices] == [1]
-    assert found.notes == ("GPU 0 is in MIG mode without a slice, so nothing can run on it",)
+    (broken,) = found.broken
+    assert broken.what == f"{CARD} is in MIG mode without a slice, so nothing can run on it"
+    assert "nvidia-smi mig" in broken.cure
 
 
 @pytest.mark.parametrize(
@@ -49,15 +54,16 @@ def test_mig_mode_without_a_slice_is_no_device_and_is_noted(nvml: Machine) -> No
         (12, ()),
         (18, ("version mismatch", "restart the machine")),
         (4, ("Insufficient Permissions", "/dev/nvidia")),
-        (999, ("NVML: Unknown Error",)),
+        (999, ("the NVIDIA driver does not answer: Unknown Error", "dmesg")),
     ],
 )
 def test_no_driver_is_silent_and_a_broken_one_is_not(nvml: Machine, code: int, said: tuple[str, ...]) -> None:
     nvml.driver["init"] = code
     nvml.write()
     found = read_nvidia()
-    assert (found.devices, bool(found.notes), nvml.sessions) == ((), bool(said), 0)
-    assert all(words in found.notes[0] for words in said)
+    assert (found.devices, bool(found.broken), nvml.sessions) == ((), bool(said), 0)
+    for words in (*said, "CUDA_VISIBLE_DEVICES=-1") if said else ():
+        assert words in found.broken[0].what + found.broken[0].cure
 
 
 def test_without_the_library_there_is_nothing() -> None:
@@ -75,8 +81,36 @@ def test_a_lost_card_does_not_hide_the_others(nvml: Machine) -> None:
     nvml.write()
     found = read_nvidia()
     assert [d.index for d in found.devices] == [1]
-    assert found.notes == ("NVML, of GPU 0: GPU is lost", "NVML, of GPU 2: GPU is lost")
+    assert [(one.index, one.what) for one in found.broken] == [
+        (0, "GPU 0 cannot be used: GPU is lost"),
+        (2, "GPU 2 (NVIDIA A10, GPU-2222-aaaa, PCI 00000000:03:00.0) cannot be used: GPU is lost"),
+    ]
+    assert all("power, cooling and seat" in one.cure for one in found.broken)
     assert nvml.sessions == 0
+
+
+def test_a_card_that_wants_a_reset_is_told_how(nvml: Machine) -> None:
+    nvml.add(memory_error=16)
+    nvml.write()
+    assert "nvidia-smi --gpu-reset -i 00000000:01:00.0" in read_nvidia().broken[0].cure
+
+
+@pytest.mark.parametrize(
+    ("code", "on_bus", "said"),
+    [
+        (9, BUS, "the NVIDIA driver is not loaded, and there are GPUs at PCI 0000:01:00.0"),
+        (0, BUS, "the NVIDIA driver finds none of the GPUs at PCI 0000:01:00.0"),
+        (12, BUS, ""),  # no library: nothing of NVIDIA's is installed, or this is a container without GPUs
+        (9, (), ""),
+        (0, (), ""),
+    ],
+)
+def test_cards_on_the_bus_that_the_driver_does_not_have_yet(
+    nvml: Machine, code: int, on_bus: tuple[str, ...], said: str
+) -> None:
+    nvml.driver["init"] = code
+    nvml.write()
+    assert [one.what for one in read_nvidia(None, on_bus).broken] == ([said] if said else [])
 
 
 def test_a_card_without_memory_of_its_own(nvml: Machine) -> None:

@@ -4,13 +4,13 @@ import logging
 
 import pytest
 import trio
-from fakes.engine import CPU_HOST, until
-from fakes.nvml import Machine
+from fakes.engine import until
+from fakes.nvml import Machine as Nvml
 
 from xim_agent.config.fields import Config
 from xim_agent.hardware import watch
 from xim_agent.hardware.cards import Cards
-from xim_agent.hardware.probe import probe
+from xim_agent.hardware.machine import Machine
 from xim_agent.hardware.watch import CardWatch, watch_for
 from xim_agent.health import Health
 
@@ -21,7 +21,7 @@ def health() -> Health:
 
 
 @pytest.fixture
-def cards(nvml: Machine) -> Cards:
+def cards(nvml: Nvml) -> Cards:
     """The first and the second of three."""
     for _ in range(3):
         nvml.add()
@@ -46,7 +46,7 @@ CARD_1 = "GPU 1 (NVIDIA A10, GPU-1111-aaaa, PCI 00000000:02:00.0)"
 
 @pytest.mark.parametrize("broken", [{"error": 15}, {"memory_error": 15}])
 def test_a_lost_card_is_named_and_its_return_is_seen(
-    nvml: Machine, cards: Cards, watching: CardWatch, health: Health, broken: dict[str, int]
+    nvml: Nvml, cards: Cards, watching: CardWatch, health: Health, broken: dict[str, int]
 ) -> None:
     good = dict(nvml.gpus[1])
     nvml.gpus[1] |= broken
@@ -66,16 +66,14 @@ def test_a_lost_card_is_named_and_its_return_is_seen(
     assert nvml.sessions == 0
 
 
-def test_a_card_that_wants_a_reset_is_told_how(
-    nvml: Machine, cards: Cards, watching: CardWatch, health: Health
-) -> None:
+def test_a_card_that_wants_a_reset_is_told_how(nvml: Nvml, cards: Cards, watching: CardWatch, health: Health) -> None:
     nvml.gpus[0]["error"] = 16
     nvml.write()
     watching.note(cards.look(), 1.0)
     assert "nvidia-smi --gpu-reset -i 00000000:01:00.0" in said(health)["gpu_lost"][1]
 
 
-def test_the_drivers_own_advice(nvml: Machine, cards: Cards, watching: CardWatch, health: Health) -> None:
+def test_the_drivers_own_advice(nvml: Nvml, cards: Cards, watching: CardWatch, health: Health) -> None:
     nvml.gpus[1]["recovery"] = 2
     nvml.write()
     watching.note(cards.look(), 1.0)
@@ -88,7 +86,7 @@ def test_the_drivers_own_advice(nvml: Machine, cards: Cards, watching: CardWatch
 
 
 def test_a_card_that_has_vanished_is_known_by_its_uuid(
-    nvml: Machine, cards: Cards, watching: CardWatch, health: Health
+    nvml: Nvml, cards: Cards, watching: CardWatch, health: Health
 ) -> None:
     first, *others = nvml.gpus
     nvml.gpus = [{**first, "error": 999}, *others]
@@ -106,7 +104,7 @@ def test_a_card_that_has_vanished_is_known_by_its_uuid(
     cards.close()
 
 
-def test_the_driver_is_unloaded(nvml: Machine, cards: Cards, watching: CardWatch, health: Health) -> None:
+def test_the_driver_is_unloaded(nvml: Nvml, cards: Cards, watching: CardWatch, health: Health) -> None:
     nvml.gpus[0]["error"] = 15
     nvml.write()
     watching.note(cards.look(), 1.0)
@@ -117,7 +115,7 @@ def test_the_driver_is_unloaded(nvml: Machine, cards: Cards, watching: CardWatch
     assert watching.in_trouble
 
 
-def test_another_agents_card_is_not_ours(nvml: Machine, cards: Cards, watching: CardWatch, health: Health) -> None:
+def test_another_agents_card_is_not_ours(nvml: Nvml, cards: Cards, watching: CardWatch, health: Health) -> None:
     nvml.gpus[2]["error"] = 15
     nvml.xids = [(2, 79)]
     nvml.write()
@@ -127,7 +125,7 @@ def test_another_agents_card_is_not_ours(nvml: Machine, cards: Cards, watching: 
 
 
 def test_an_xid_is_explained_and_forgotten_after_a_quiet_time(
-    nvml: Machine, cards: Cards, watching: CardWatch, health: Health, caplog: pytest.LogCaptureFixture
+    nvml: Nvml, cards: Cards, watching: CardWatch, health: Health, caplog: pytest.LogCaptureFixture
 ) -> None:
     nvml.xids = [(1, 79), (1, 45)]
     nvml.write()
@@ -150,7 +148,7 @@ def test_an_xid_is_explained_and_forgotten_after_a_quiet_time(
     cards.close()
 
 
-def test_an_unknown_xid_says_where_to_look(nvml: Machine, cards: Cards, watching: CardWatch, health: Health) -> None:
+def test_an_unknown_xid_says_where_to_look(nvml: Nvml, cards: Cards, watching: CardWatch, health: Health) -> None:
     nvml.xids = [(0, 998)]
     nvml.write()
     watching.note(cards.look(), 1.0)
@@ -158,7 +156,7 @@ def test_an_unknown_xid_says_where_to_look(nvml: Machine, cards: Cards, watching
     cards.close()
 
 
-def test_harmless_xids_are_no_trouble(nvml: Machine, cards: Cards, watching: CardWatch, health: Health) -> None:
+def test_harmless_xids_are_no_trouble(nvml: Nvml, cards: Cards, watching: CardWatch, health: Health) -> None:
     nvml.xids = [(0, 45), (0, 63), (1, 92)]
     nvml.write()
     watching.note(cards.look(), 1.0)
@@ -166,7 +164,7 @@ def test_harmless_xids_are_no_trouble(nvml: Machine, cards: Cards, watching: Car
     cards.close()
 
 
-def test_a_card_without_events_is_watched_all_the_same(nvml: Machine, cards: Cards, health: Health) -> None:
+def test_a_card_without_events_is_watched_all_the_same(nvml: Nvml, cards: Cards, health: Health) -> None:
     nvml.gpus[0]["events"] = 3
     nvml.write()
     assert cards.look().lost == ()
@@ -176,7 +174,7 @@ def test_a_card_without_events_is_watched_all_the_same(nvml: Machine, cards: Car
 
 
 async def test_the_service_sees_it_come_and_go(
-    nvml: Machine, cards: Cards, health: Health, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+    nvml: Nvml, cards: Cards, health: Health, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(watch, "LOOK_SECONDS", 0.01)
     changes: list[bool] = []
@@ -196,7 +194,7 @@ async def test_the_service_sees_it_come_and_go(
 
 
 async def test_a_driver_that_hangs_is_trouble_until_it_answers(
-    nvml: Machine, cards: Cards, health: Health, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+    nvml: Nvml, cards: Cards, health: Health, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(watch, "LOOK_SECONDS", 0.01)
     monkeypatch.setattr(watch, "HUNG_SECONDS", 0.2)
@@ -222,18 +220,13 @@ async def test_a_driver_that_hangs_is_trouble_until_it_answers(
     ],
 )
 async def test_the_cards_that_the_engine_uses_are_watched(
-    nvml: Machine, cards: Cards, health: Health, settings: dict[str, object], watched: set[int]
+    nvml: Nvml, cards: Cards, health: Health, settings: dict[str, object], watched: set[int]
 ) -> None:
-    made = watch_for(await probe(env={}), Config(**settings), health)  # type: ignore[arg-type]
+    made = watch_for(await Machine.find(Config(**settings), {}), health)  # type: ignore[arg-type]
     assert made.watched == watched
 
 
-async def test_without_cards_the_service_ends_and_says_what_was_broken(
-    nvml: Machine, health: Health, nursery: trio.Nursery
-) -> None:
-    nvml.driver["init"] = 18
-    nvml.write()
-    made = watch_for(await probe(env={}), Config(), health)
-    assert "version mismatch" in said(health)["gpu_unusable"][0]
+async def test_on_a_cpu_machine_the_service_ends(nvml: Nvml, health: Health) -> None:
+    made = watch_for(await Machine.find(Config(), {}), health)
     await made.run()
-    assert watch_for(CPU_HOST, Config(), Health(now=lambda: 0.0)).watched == set()
+    assert (made.watched, made.in_trouble, said(health)) == (frozenset(), False, {})

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import httpx
+import pytest
 from fakes.nvml import Machine
 from fakes.stack import free_port, until
 
@@ -15,10 +16,21 @@ from xim_agent.config.fields import Config
 from xim_agent.engine.environment import gpu_environment
 from xim_agent.router.store import Store
 
+CARD = "GPU 1 (NVIDIA A10, GPU-1111-aaaa, PCI 00000000:02:00.0)"
 
-def test_the_running_agent_tells_of_a_card_in_trouble(nvml: Machine, tmp_path: Path) -> None:
+
+@pytest.mark.parametrize(
+    ("facts", "code", "text"),
+    [
+        ({"recovery": 1}, "gpu_lost", f"{CARD} cannot go on: its driver asks for recovery"),
+        ({"memory_error": 16}, "gpu_unusable", f"{CARD} cannot be used: GPU requires restart"),
+    ],
+)
+def test_the_running_agent_tells_of_a_card_in_trouble(
+    nvml: Machine, tmp_path: Path, facts: dict[str, int], code: str, text: str
+) -> None:
     nvml.add()
-    nvml.add(recovery=1)
+    nvml.add(**facts)
     nvml.write()
     port, now = free_port(), time.time()
     with Store.open(tmp_path / "router") as store:
@@ -49,9 +61,12 @@ def test_the_running_agent_tells_of_a_card_in_trouble(nvml: Machine, tmp_path: P
                 assert agent.poll() is None, (tmp_path / "log").read_text()
                 return ""
 
-        until("gpu_lost", lambda: "gpu_lost" in reasons(), 30)
-        assert "GPU 1 (NVIDIA A10, GPU-1111-aaaa, PCI 00000000:02:00.0) cannot go on" in reasons()
-        assert "nvidia-smi --gpu-reset -i 00000000:02:00.0" in httpx.get(f"http://127.0.0.1:{port}/status").text
+        until(code, lambda: code in reasons(), 30)
+        assert f"{code}: {text}; reset it (nvidia-smi --gpu-reset -i 00000000:02:00.0)" in reasons()
+        status = httpx.get(f"http://127.0.0.1:{port}/status").json()
+        assert "nvidia-smi --gpu-reset -i 00000000:02:00.0" in str(status["health"])
+        assert status["hardware"]["accelerator"] == "nvidia"
+        assert [text] * (code == "gpu_unusable") == [one["what"] for one in status["hardware"]["broken"]]
     finally:
         agent.send_signal(signal.SIGTERM)
         assert agent.wait(20) == 0

@@ -194,7 +194,7 @@ async def test_settings_are_judged_when_wired(directory: Path) -> None:
         with StateStore.open(directory) as store:
 
             def made(**settings: str) -> IdentityService:
-                return make_identity(Config(**settings), store, client, Health(clock.now), hardware)  # type: ignore[arg-type]
+                return make_identity(Config(**settings), store, client, Health(clock.now), lambda: hardware)  # type: ignore[arg-type]
 
             service = made(router_url=" https://r.example:8443/ ", join_key="xjk_bad")
             assert service._override == ("https://r.example:8443",)

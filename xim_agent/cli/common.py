@@ -73,6 +73,6 @@ async def identity(config: Config) -> AsyncIterator[Any]:
         async with RouterClient(
             insecure=config.allow_insecure, clock=clock, on_skew=lambda skew: skew_condition(health, skew)
         ) as router:
-            yield make_identity(config, store, router, health, hardware), router
+            yield make_identity(config, store, router, health, lambda: hardware), router
     finally:
         store.close()

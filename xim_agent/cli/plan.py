@@ -54,16 +54,18 @@ def command(model: Path | None, hardware: Path | None, task: "Task | None", as_j
     config = configured(flags)
 
     import json
+    from functools import partial
 
     import trio
 
+    from xim_agent.engine.environment import gpu_environment
     from xim_agent.engine.preview import SCHEMA, script
     from xim_agent.hardware.document import from_document, to_document
     from xim_agent.hardware.probe import probe
     from xim_agent.log import redact
 
     if hardware is None:
-        machine = trio.run(probe)
+        machine = trio.run(partial(probe, env=gpu_environment(config, os.environ)))
     else:
         with click.open_file(str(hardware), "rb") as file:
             machine = from_document(file.read(), str(hardware))

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from xim_agent.config.fields import PREFIX, Config
 from xim_agent.errors import AgentError, Exit
 from xim_agent.hardware.report import Hardware
+from xim_agent.hardware.visible import names_none
 
 PRIVATE = {  # no word to anybody, and no fetching for a request
     "HF_HUB_OFFLINE": "1",
@@ -99,11 +100,14 @@ def child_environment(environ: Mapping[str, str], added: Mapping[str, str], bund
 
 
 def gpu_environment(config: Config, environ: Mapping[str, str]) -> dict[str, str]:
-    """The engine's environment as far as it hides GPUs; our own CUDA_VISIBLE_DEVICES chooses among all the others.
+    """The engine's environment as far as it hides GPUs; our own CUDA_VISIBLE_DEVICES chooses among all the others,
+    unless it is one that names none: then the CPU is asked for.
 
     Raises AgentError as `pairs` does.
     """
     env = child_environment(environ, pairs(config.vllm_env), getattr(sys, "_MEIPASS", None))
     if config.cuda_visible_devices is not None:
         env.pop("CUDA_VISIBLE_DEVICES", None)
+        if names_none(config.cuda_visible_devices):
+            env["CUDA_VISIBLE_DEVICES"] = config.cuda_visible_devices
     return env

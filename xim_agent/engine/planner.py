@@ -4,7 +4,7 @@ import fcntl
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -41,6 +41,18 @@ class NoPlace(AgentError):
         )
 
 
+# Returns when there is something to run on.
+Usable = Callable[[], Awaitable[Hardware]]
+
+
+def always(hardware: Hardware) -> Usable:
+    async def usable() -> Hardware:
+        await trio.lowlevel.checkpoint()
+        return hardware
+
+    return usable
+
+
 def places(config: Config, runtime: Path, program: str, directory: Path, caches: Path) -> Places:
     """`runtime`: the agent's runtime directory. Nothing is made."""
     socket = str(config.vllm_socket_path or runtime / "engine.sock")
@@ -56,7 +68,7 @@ class Planner:
     """`runtime`: 0700, of this agent alone, short: sockets lie in it. `compile_cache`: vLLM's version → a directory."""
 
     def __init__(
-        self, config: Config, hardware: Hardware, guard: Guard, runtime: Path, compile_cache: Callable[[str], Path]
+        self, config: Config, hardware: Usable, guard: Guard, runtime: Path, compile_cache: Callable[[str], Path]
     ) -> None:
         self._config, self._hardware, self._guard, self.runtime = config, hardware, guard, runtime
         self._compile_cache = compile_cache
@@ -65,7 +77,9 @@ class Planner:
         self._locked: tuple[int, int] | None = None  # device and inode of the lock that the guard holds
 
     async def plan(self, target: EngineTarget) -> Plan:
-        """Raises AgentError as `command.plan` does, and socket_path_too_long, launcher_missing, model_unreadable,
+        """Waits while the GPUs that it is for cannot be used.
+
+        Raises AgentError as `command.plan` does, and socket_path_too_long, launcher_missing, model_unreadable,
         engine_place (launcher or compile caches cannot be reached on the disk)."""
         if len(os.fsencode(self.socket)) > MAX_SOCKET_PATH:
             raise AgentError(
@@ -87,7 +101,7 @@ class Planner:
             ) from error
         there = places(self._config, self.runtime, str(program), target.directory, caches)
         known, bitsandbytes = flags_of(self.runtime, program), launcher.has_bitsandbytes(program)
-        return plan(self._config, target.assignment, self._hardware, model, there, known, bitsandbytes)
+        return plan(self._config, target.assignment, await self._hardware(), model, there, known, bitsandbytes)
 
     async def learn_flags(self, made: Plan) -> bool:
         """vLLM did not know a flag: asks it, once an installation, for its list. True: plan again, with that list.

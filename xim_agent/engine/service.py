@@ -17,7 +17,7 @@ from xim_agent.engine.failures import Failure, classify
 from xim_agent.engine.gate import Gate, ReadMemory
 from xim_agent.engine.guard import Guard, GuardLost
 from xim_agent.engine.oom import Counts
-from xim_agent.engine.planner import Planner
+from xim_agent.engine.planner import Planner, Usable, always
 from xim_agent.engine.probe import Probe
 from xim_agent.engine.process import KILL_SECONDS, EngineRun, Hooks
 from xim_agent.engine.scrape import Gauges, Scrape
@@ -60,15 +60,15 @@ class EngineService:
         blocked: Callable[[], bool] = lambda: False,
         gpu_memory: ReadMemory = lambda _: (),
         oom_kills: Callable[[], Counts] = lambda: (0, 0),
+        usable: Usable | None = None,
     ) -> None:
         self._config, self._guard, self._clock, self._health, self._tell = config, guard, clock, health, changed
         self._blocked, self._on_cpu, self._oom_kills = blocked, hardware.accelerator == "cpu", oom_kills
-        self._planner = Planner(config, hardware, guard, runtime_dir, compile_cache)
+        self._planner = Planner(config, usable or always(hardware), guard, runtime_dir, compile_cache)
         self._gate = Gate(guard, self._planner, gpu_memory)
         self.client = EngineClient(config.vllm_salt_secret)
         self.state = EngineState.STOPPED
-        self._orders = Watch()
-        self._changes = Watch()
+        self._orders, self._changes = Watch(), Watch()
         self._order: _Order | None = None
         self._taken: _Order | None = None  # the order that `run` is or was last at work on
         self._interrupt: Callable[[], None] | None = None  # ends what `run` is at work on

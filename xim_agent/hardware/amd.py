@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import dataclass
 from typing import Any
 
 from xim_agent.hardware.report import Device
@@ -9,7 +10,13 @@ from xim_agent.hardware.report import Device
 AMD_SMI_STATIC = ("amd-smi", "static", "--asic", "--vram", "--driver", "--json")
 AMD_SMI_MEMORY = ("amd-smi", "metric", "--mem-usage", "--json")
 AMD_SMI_LIST = ("amd-smi", "list", "--json")
+AMD_SMI_STATE = ("amd-smi", "metric", "--mem-usage", "--ecc", "--json")
 ROCM_SMI = ("rocm-smi", "--showproductname", "--showuniqueid", "--showmeminfo", "vram", "--showdriverversion", "--json")
+ROCM_SMI_STATE = ("rocm-smi", "--showbus", "--showmeminfo", "vram", "--json")
+CURE_ALL = (
+    "look at dmesg | grep amdgpu, and whether the agent's user may use /dev/kfd (group render); restart the machine if "
+    "that is no help; or set CUDA_VISIBLE_DEVICES=-1 to use the CPU"
+)
 _UNITS = {"B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30}  # amd-smi says MB and means MiB
 
 
@@ -52,6 +59,39 @@ def from_rocm_smi(output: bytes) -> tuple[tuple[Device, ...], str]:
     return tuple(sorted(devices, key=lambda device: device.index)), str(
         _dict(cards.get("system")).get("Driver version", "")
     )
+
+
+@dataclass(frozen=True)
+class State:
+    """`answers`: it tells of its memory. `errors`: uncorrectable ones (ECC, RAS) since its driver was loaded, None
+    where that is not told (rocm-smi prints them, but not as JSON)."""
+
+    index: int
+    answers: bool
+    errors: int | None = None
+
+
+def states_of_amd_smi(listing: bytes, metric: bytes) -> dict[str, State]:
+    """By PCI address. Raises ValueError for other output; a driver without any GPU lists none."""
+    metrics = _by_gpu(metric)
+    found = {}
+    for gpu, row in _by_gpu(listing).items():
+        usage = _dict(metrics.get(gpu, {}).get("mem_usage"))
+        errors = str(_dict(metrics.get(gpu, {}).get("ecc")).get("total_uncorrectable_count"))
+        counted = int(errors) if errors.isdecimal() else None
+        found[str(row.get("bdf", gpu)).lower()] = State(gpu, _bytes(usage.get("total_vram")) > 0, counted)
+    return found
+
+
+def states_of_rocm_smi(output: bytes) -> dict[str, State]:
+    """The same from `rocm-smi`. Raises ValueError likewise."""
+    found = {}
+    for name, card in _dict(_json(output)).items():
+        if name.startswith("card") and name[4:].isdecimal():
+            low = {key.lower(): str(value) for key, value in _dict(card).items()}
+            total = low.get("vram total memory (b)", "")
+            found[low.get("pci bus", name).lower()] = State(int(name[4:]), total.isdecimal() and int(total) > 0)
+    return found
 
 
 def _by_gpu(output: bytes) -> dict[int, dict[str, Any]]:

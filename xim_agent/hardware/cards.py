@@ -1,48 +1,22 @@
-"""Asks NVML again and again whether the cards that the engine uses are still there. Blocking; see `watch`."""
+"""Asks NVML again and again whether the cards that the engine uses are still there."""
 
 import ctypes
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
-from xim_agent.hardware.nvidia import pynvml, text, without_answer
+import trio
+
+from xim_agent.hardware.look import Look, Trouble
+from xim_agent.hardware.nvidia import BACK, RESET, card_of, pynvml, without_answer
+from xim_agent.hardware.report import Card
 from xim_agent.hardware.xid import harmless, xid
 
-_BACK = "restart the machine; if it is lost again: power, cooling and seat of the card, then replace it"
 _RECOVERY = {  # nvmlGpuRecoveryAction: what the driver itself says would help
-    1: "reset it (nvidia-smi --gpu-reset -i BUS) once nothing uses it",
+    1: RESET,
     2: "restart the machine",
     3: "drain what talks to it over NVLink, then restart the machine",
     4: "let running work end, then reset it (nvidia-smi --gpu-reset -i BUS)",
 }
-
-
-@dataclass(frozen=True)
-class Card:
-    """`bus` is the PCI address, which finds it in `lspci`, in the kernel log and in the machine."""
-
-    index: int
-    name: str
-    uuid: str
-    bus: str
-
-    def __str__(self) -> str:
-        return f"GPU {self.index} ({self.name}, {self.uuid}, PCI {self.bus})"
-
-
-@dataclass(frozen=True)
-class Trouble:
-    """`what` is a sentence that names the card, `cure` what brings it back."""
-
-    what: str
-    cure: str
-
-
-@dataclass(frozen=True)
-class Look:
-    """`lost`: cards that cannot be used now; `events`: errors that the driver told of since the look before."""
-
-    lost: tuple[Trouble, ...] = ()
-    events: tuple[Trouble, ...] = ()
 
 
 @dataclass
@@ -59,6 +33,14 @@ class Cards:
     _handles: dict[int, Any] = field(default_factory=dict)
     _events: Any = None
     _open: bool = False
+    _limiter: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(1))
+    hung: ClassVar[Trouble] = Trouble(
+        "the NVIDIA driver has not answered for 30 s", "look at dmesg; restart the machine if it stays so"
+    )
+
+    async def ask(self) -> Look:
+        """`look` in a thread. Cancelled: one that hangs is left to it, NVML stays open."""
+        return await trio.to_thread.run_sync(self.look, abandon_on_cancel=True, limiter=self._limiter)
 
     def look(self) -> Look:
         """Raises nothing for a broken card or driver: it says so."""
@@ -97,7 +79,7 @@ class Cards:
         for number in range(nvml.nvmlDeviceGetCount()):
             try:
                 handle = nvml.nvmlDeviceGetHandleByIndex(number)
-                card = self._card(number, handle)
+                card = card_of(nvml, number, handle)
             except nvml.NVMLError as error:
                 silent[number] = error
                 continue
@@ -109,14 +91,9 @@ class Cards:
         return [
             self._lost(index, silent[index])
             if index in silent
-            else Trouble(f"{self.named(index)} is gone from its driver", _BACK)
+            else Trouble(f"{self.named(index)} is gone from its driver", BACK)
             for index in sorted(self.indices - self._handles.keys())
         ]
-
-    def _card(self, number: int, handle: Any) -> Card:
-        nvml = self.nvml
-        bus = text(nvml.nvmlDeviceGetPciInfo(handle).busId)
-        return Card(number, text(nvml.nvmlDeviceGetName(handle)), text(nvml.nvmlDeviceGetUUID(handle)), bus)
 
     def _register(self) -> None:
         for handle in self._handles.values():
@@ -161,7 +138,7 @@ class Cards:
 
     def _lost(self, index: int, error: Exception) -> Trouble:
         needs_reset = getattr(error, "value", None) == self.nvml.NVML_ERROR_RESET_REQUIRED
-        return Trouble(f"{self.named(index)} is lost: {error}", self._on(index, _RECOVERY[1] if needs_reset else _BACK))
+        return Trouble(f"{self.named(index)} is lost: {error}", self._on(index, RESET if needs_reset else BACK))
 
     def _on(self, index: int, cure: str) -> str:
         return cure.replace("BUS", self._known[index].bus if index in self._known else str(index))

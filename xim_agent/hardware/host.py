@@ -121,6 +121,30 @@ def oom_kills(root: Path = Path("/")) -> tuple[int, int]:
     return sum(_counted(file) for file in files), _counted(root / "proc/vmstat")
 
 
+def gpus_on_bus(root: Path, vendor: int) -> tuple[str, ...]:
+    """PCI addresses of the vendor's GPUs, but for those that another driver has (nouveau, or vfio for a guest).
+
+    Blocking. In a container these are the host's, whether or not it may use them.
+    """
+    found = []
+    for device in sorted((root / "sys/bus/pci/devices").glob("*")):
+        try:
+            is_gpu = int((device / "class").read_text(), 16) >> 16 in (0x03, 0x12)  # display, accelerator
+            if is_gpu and int((device / "vendor").read_text(), 16) == vendor and _driver(device) in _GPU_DRIVERS:
+                found.append(device.name)
+        except (OSError, ValueError):
+            continue
+    return tuple(found)
+
+
+_GPU_DRIVERS = ("", "nvidia", "amdgpu")
+
+
+def _driver(device: Path) -> str:
+    link = device / "driver"
+    return link.resolve().name if link.exists() else ""
+
+
 def _counted(file: Path) -> int:
     try:
         found = re.search(r"^oom_kill (\d+)$", file.read_text(), re.MULTILINE)

@@ -1,44 +1,57 @@
 """NVIDIA GPUs through NVML. Imported only when the library is asked; `nvml` is the `pynvml` module or one like it."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from xim_agent.hardware.report import Device
+from xim_agent.hardware.report import Broken, Card, Device
+
+BACK = "restart the machine; if it is lost again: power, cooling and seat of the card, then replace it"
+RESET = "reset it (nvidia-smi --gpu-reset -i BUS) once nothing uses it"
+CPU_INSTEAD = "; or set CUDA_VISIBLE_DEVICES=-1 to use the CPU"
 
 
 @dataclass(frozen=True)
 class Nvidia:
-    """`notes`: what a driver that is there but broken said, and each GPU that did not answer."""
+    """`broken`: what a driver that is there but broken said, and each GPU that cannot be used."""
 
     devices: tuple[Device, ...] = ()
     driver: str = ""
     cuda: str = ""
-    notes: tuple[str, ...] = ()
+    broken: tuple[Broken, ...] = ()
 
 
-def read_nvidia(nvml: Any = None) -> Nvidia:
-    """Blocking. A GPU with MIG is replaced by its slices, one that does not answer by a note. No driver: nothing."""
+def read_nvidia(nvml: Any = None, on_bus: Sequence[str] = ()) -> Nvidia:
+    """Blocking. A GPU with MIG is replaced by its slices. No driver: nothing.
+
+    `on_bus`: PCI addresses of GPUs that are this driver's or nobody's. Where its library is installed, a driver that
+    is not loaded, or finds none, is broken, and no sign of a CPU machine: it may come up later.
+    """
     nvml = nvml or pynvml()
     try:
         nvml.nvmlInit()
     except nvml.NVMLError as error:
-        absent = error.value in (nvml.NVML_ERROR_LIBRARY_NOT_FOUND, nvml.NVML_ERROR_DRIVER_NOT_LOADED)
-        return Nvidia(notes=() if absent else (f"NVML: {error}{_cure(nvml, error)}",))
+        return Nvidia(broken=_not_opened(nvml, error, on_bus))
     try:
         devices: list[Device] = []
-        notes: list[str] = []
+        broken: list[Broken] = []
         for index in range(nvml.nvmlDeviceGetCount()):
             try:
                 found = _device(nvml, index)
                 devices += found
                 if not found:
-                    notes.append(f"GPU {index} is in MIG mode without a slice, so nothing can run on it")
+                    broken.append(
+                        _broken(nvml, index, "is in MIG mode without a slice, so nothing can run on it", _MIG)
+                    )
             except nvml.NVMLError as error:
-                notes.append(f"NVML, of GPU {index}: {error}")
-        return Nvidia(tuple(devices), text(nvml.nvmlSystemGetDriverVersion()), _cuda(nvml), tuple(notes))
+                cure = RESET if error.value == nvml.NVML_ERROR_RESET_REQUIRED else BACK
+                broken.append(_broken(nvml, index, f"cannot be used: {error}", cure))
+        if on_bus and not devices and not broken:
+            broken.append(_driver(f"the NVIDIA driver finds none of the GPUs at PCI {', '.join(on_bus)}", BACK))
+        return Nvidia(tuple(devices), text(nvml.nvmlSystemGetDriverVersion()), _cuda(nvml), tuple(broken))
     except nvml.NVMLError as error:
-        return Nvidia(notes=(f"NVML: {error}",))
+        return Nvidia(broken=(_driver(f"the NVIDIA driver does not answer: {error}", _LOOK),))
     finally:
         nvml.nvmlShutdown()
 
@@ -52,12 +65,45 @@ def pynvml() -> Any:
     return pynvml
 
 
-def _cure(nvml: Any, error: Any) -> str:
+_LOOK = "look at nvidia-smi and dmesg"
+_MIG = "make slices (nvidia-smi mig -cgi) or turn MIG off (nvidia-smi -mig 0)"
+
+
+def unanswered(seconds: float) -> Nvidia:
+    """Of a driver that hangs."""
+    what = f"the NVIDIA driver has not answered for {seconds:.0f} s"
+    return Nvidia(broken=(_driver(what, "look at dmesg; restart the machine if it stays so"),))
+
+
+def card_of(nvml: Any, number: int, handle: Any) -> Card:
+    """Raises NVMLError when it does not answer."""
+    bus = text(nvml.nvmlDeviceGetPciInfo(handle).busId)
+    return Card(number, text(nvml.nvmlDeviceGetName(handle)), text(nvml.nvmlDeviceGetUUID(handle)), bus)
+
+
+def _driver(what: str, cure: str) -> Broken:
+    return Broken(-1, "", what, cure + CPU_INSTEAD)
+
+
+def _broken(nvml: Any, index: int, why: str, cure: str) -> Broken:
+    try:
+        card = card_of(nvml, index, nvml.nvmlDeviceGetHandleByIndex(index))
+    except nvml.NVMLError:  # it says no more than its number
+        return Broken(index, "", f"GPU {index} {why}", cure.replace("BUS", str(index)))
+    return Broken(index, card.uuid, f"{card} {why}", cure.replace("BUS", card.bus))
+
+
+def _not_opened(nvml: Any, error: Any, on_bus: Sequence[str]) -> tuple[Broken, ...]:
+    if error.value == nvml.NVML_ERROR_LIBRARY_NOT_FOUND:
+        return ()
+    if error.value == nvml.NVML_ERROR_DRIVER_NOT_LOADED:
+        what = f"the NVIDIA driver is not loaded, and there are GPUs at PCI {', '.join(on_bus)}"
+        return (_driver(what, "load it (modprobe nvidia; dmesg says why it fails)"),) if on_bus else ()
     cures = {
-        nvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH: "; a newer driver does not run yet: restart the machine",
-        nvml.NVML_ERROR_NO_PERMISSION: "; give the agent's user access to /dev/nvidia*",
+        nvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH: "a newer driver does not run yet: restart the machine",
+        nvml.NVML_ERROR_NO_PERMISSION: "give the agent's user access to /dev/nvidia*",
     }
-    return cures.get(error.value, "")
+    return (_driver(f"the NVIDIA driver does not answer: {error}", cures.get(error.value, _LOOK)),)
 
 
 def _cuda(nvml: Any) -> str:

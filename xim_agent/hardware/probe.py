@@ -1,8 +1,6 @@
-"""Looks at the machine once: host and NVIDIA in a thread, AMD through its own tools."""
+"""Looks at the machine: host and NVIDIA in a thread, AMD through its own tools."""
 
 import os
-import shutil
-import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,12 +8,12 @@ from typing import Any
 import trio
 
 from xim_agent.hardware import amd
-from xim_agent.hardware.host import read_host
-from xim_agent.hardware.nvidia import read_nvidia
-from xim_agent.hardware.report import Accelerator, Device, Hardware
-from xim_agent.hardware.visible import visible
+from xim_agent.hardware.drivers import Drivers
+from xim_agent.hardware.host import gpus_on_bus, read_host
+from xim_agent.hardware.report import Accelerator, Broken, Device, Hardware
+from xim_agent.hardware.visible import usable
 
-TOOL_SECONDS = 20  # amd-smi takes 1 to 3 s on eight GPUs; one that hangs must not stop the start
+NVIDIA, AMD = 0x10DE, 0x1002  # PCI vendors
 
 
 async def probe(
@@ -24,56 +22,57 @@ async def probe(
     affinity: Iterable[int] | None = None,
     nvml: Any = None,
     env: Mapping[str, str] | None = None,
+    drivers: Drivers | None = None,
 ) -> Hardware:
-    """Never fails for want of a GPU; what a driver or tool said instead is in `notes`. About 50 ms without AMD.
+    """Never fails for want of a GPU; what a driver or tool said instead is in `broken` and `notes`. About 50 ms
+    without AMD.
 
-    GPUs that variables of `env` hide from vLLM are left out; AMD's tools run with it too. `root`, `affinity`, `nvml`
-    stand in for the machine in tests. Raises OSError when /proc cannot be read. Cancellation kills a running tool.
+    GPUs that variables of `env` hide from vLLM are left out; AMD's tools run with it too. `drivers`: for the next call
+    to know what hung in this one. `root`, `affinity`, `nvml` stand in for the machine in tests. Raises OSError when
+    /proc cannot be read. Cancellation kills a running tool.
     """
+    drivers = drivers or Drivers(env)
     allowed = os.sched_getaffinity(0) if affinity is None else affinity
     host = await trio.to_thread.run_sync(read_host, root, allowed)
-    nvidia = await trio.to_thread.run_sync(read_nvidia, nvml)
-    devices, driver, notes = nvidia.devices, nvidia.driver, list(nvidia.notes)
-    accelerator: Accelerator = "nvidia" if devices else "cpu"
-    if not devices and (root / "sys/class/kfd/kfd/topology").exists():
-        devices, driver, note = await _amd(env)
-        notes.append(note)
-        accelerator = "amd" if devices else "cpu"
-    devices, hidden = visible(devices, accelerator, os.environ if env is None else env)
-    notes.append(hidden)
+    nvidia = await drivers.nvidia(await trio.to_thread.run_sync(gpus_on_bus, root, NVIDIA), nvml)
+    devices, broken, driver, note = nvidia.devices, nvidia.broken, nvidia.driver, ""
+    accelerator: Accelerator = "nvidia"
+    if not devices and not broken and await trio.to_thread.run_sync(_has_amd, root, drivers):
+        devices, broken, driver, note = await _amd(drivers)
+        accelerator = "amd"
+    devices, broken, hidden = usable(devices, broken, accelerator, os.environ if env is None else env)
     return Hardware(
-        accelerator=accelerator if devices else "cpu",
+        accelerator=accelerator if devices or broken else "cpu",
         devices=devices,
         driver=driver,
         cuda=nvidia.cuda,
-        notes=tuple(note for note in notes if note),
+        notes=tuple(said for said in (note, hidden) if said),
+        broken=broken,
         **{name: getattr(host, name) for name in host.__dataclass_fields__},
     )
 
 
-async def _amd(env: Mapping[str, str] | None) -> tuple[tuple[Device, ...], str, str]:
-    """Devices, driver version, and a note when neither tool gave an answer."""
-    try:
-        outputs = [await _output(cmd, env) for cmd in (amd.AMD_SMI_STATIC, amd.AMD_SMI_MEMORY, amd.AMD_SMI_LIST)]
-        return *amd.from_amd_smi(*outputs), ""
-    except (OSError, ValueError) as error:
-        first = str(error)
-    try:
-        return *amd.from_rocm_smi(await _output(amd.ROCM_SMI, env)), ""
-    except (OSError, ValueError) as error:
-        return (), "", f"an AMD GPU is there, but {first}; {error}"
+def _has_amd(root: Path, drivers: Drivers) -> bool:
+    """Where ROCm's tools are installed the driver may come up later."""
+    if (root / "sys/class/kfd/kfd/topology").exists():
+        return True
+    return bool(gpus_on_bus(root, AMD)) and any(map(drivers.has, ("amd-smi", "rocm-smi")))
 
 
-async def _output(command: tuple[str, ...], env: Mapping[str, str] | None) -> bytes:
-    """Standard output of a tool. Raises OSError when it is missing, fails or hangs."""
-    path = shutil.which(command[0], path=(env or os.environ).get("PATH", os.defpath) + ":/opt/rocm/bin")
-    if path is None:
-        raise FileNotFoundError(f"{command[0]} is not installed")
-    with trio.move_on_after(TOOL_SECONDS):
-        done = await trio.run_process(
-            [path, *command[1:]], capture_stdout=True, stderr=subprocess.DEVNULL, check=False, env=env
-        )
-        if done.returncode != 0:
-            raise OSError(f"{command[0]} ended with status {done.returncode}")
-        return done.stdout
-    raise TimeoutError(f"{command[0]} said nothing for {TOOL_SECONDS} s")
+async def _amd(drivers: Drivers) -> tuple[tuple[Device, ...], tuple[Broken, ...], str, str]:
+    """Devices, what is broken, driver version, and a note on a GPU that nobody has ROCm for: it is not used."""
+    output = drivers.output
+    try:
+        outputs = [await output(cmd) for cmd in (amd.AMD_SMI_STATIC, amd.AMD_SMI_MEMORY, amd.AMD_SMI_LIST)]
+        devices, driver = amd.from_amd_smi(*outputs)
+        return devices, (), driver, ""
+    except (OSError, ValueError) as error:
+        first = error
+    try:
+        devices, driver = amd.from_rocm_smi(await output(amd.ROCM_SMI))
+        return devices, (), driver, ""
+    except (OSError, ValueError) as error:
+        what = f"an AMD GPU is there, but {first}; {error}"
+        if isinstance(first, FileNotFoundError) and isinstance(error, FileNotFoundError):
+            return (), (), "", what
+        return (), (Broken(-1, "", what, amd.CURE_ALL),), "", ""

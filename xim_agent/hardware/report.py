@@ -23,6 +23,31 @@ class Device:
 
 
 @dataclass(frozen=True)
+class Broken:
+    """A GPU that is there and cannot be used; `index` -1: all of its driver's. `what` is a sentence that names it and
+    says why, `cure` what brings it back."""
+
+    index: int
+    uuid: str
+    what: str
+    cure: str
+
+
+@dataclass(frozen=True)
+class Card:
+    """`bus` is the PCI address, which finds it in `lspci`, in the kernel log and in the machine."""
+
+    index: int
+    name: str
+    uuid: str
+    bus: str
+
+    def __str__(self) -> str:
+        known = [self.name, self.uuid, self.bus and f"PCI {self.bus}"]
+        return f"GPU {self.index} ({', '.join(word for word in known if word)})"
+
+
+@dataclass(frozen=True)
 class Cpu:
     """`cores` physical, `threads` logical, both of the host; `isa` the instruction sets that matter for inference."""
 
@@ -40,6 +65,7 @@ class Hardware:
     `cpus`: numbers of the CPUs this process may run on (affinity, so cpusets too); `core_of`: physical core of each.
     `cpu_limit`: CPU seconds per second that the cgroups allow, at most len(cpus). `memory_bytes`: the smaller of RAM
     and the cgroups' limit; `memory_total_bytes`: the host's RAM. `notes`: what could not be found out, for logs.
+    `accelerator` is that of GPUs that are all `broken`, too: such a machine is no CPU machine.
     """
 
     accelerator: Accelerator
@@ -54,6 +80,7 @@ class Hardware:
     cuda: str = ""
     core_of: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    broken: tuple[Broken, ...] = ()
 
     @property
     def tier(self) -> str:
