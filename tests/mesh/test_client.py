@@ -11,7 +11,8 @@ from msgspec import Raw
 
 from xim_agent.errors import AgentError
 from xim_agent.mesh import codec, failures
-from xim_agent.mesh.messages import EventsReply, Load, PollReply, PollRequest
+from xim_agent.mesh.client import MAX_ASSIGNMENT, MAX_IDENTITY
+from xim_agent.mesh.messages import MAX_BODY, MAX_EVENTS, MAX_POLL_REPLY, EventsReply, Load, PollReply, PollRequest
 from xim_agent.outcome import CODES, NOT_A_ROUTER, Action, RouterError
 
 POLL = PollRequest("b", 1, "ready", 4, 0, [], None, 4, Load(), None, [])
@@ -190,19 +191,59 @@ async def test_a_lease_without_id_is_counted(client: Any, start: Any, login: Any
     assert client.statistics().failures == {"lease_malformed": 1}
 
 
+CALLS: dict[str, tuple[Any, int | None]] = {  # with the most bytes of their replies; None: too many to send here
+    "enroll": (lambda client, url: client.enroll(url, "proof", {}), MAX_IDENTITY),
+    "refresh": (lambda client, url: client.refresh(url, "proof", {}), MAX_IDENTITY),
+    "poll": (lambda client, url: client.poll(POLL), None),
+    "events": (lambda client, url: client.events("b", [FRAME]), MAX_EVENTS),
+    "assignment": (lambda client, url: client.assignment(), MAX_ASSIGNMENT),
+    "body": (lambda client, url: client.lease_body("r"), MAX_BODY),
+    "leave": (lambda client, url: client.leave(), MAX_IDENTITY),
+}
+SHAPED = ["enroll", "refresh", "poll", "events"]  # of the others any bytes are a reply; who asked judges them
+
+
+@pytest.mark.parametrize("name", CALLS)
+async def test_no_call_takes_more_than_its_bound_packed_or_not(
+    client: Any, start: Any, login: Any, answer: Any, name: str
+) -> None:
+    call, limit = CALLS[name]
+    bomb = zstandard.compress(bytes((limit or MAX_POLL_REPLY) + 1))
+    replies = [({"content-encoding": "zstd"}, bomb), *([({}, bytes(limit + 1))] if limit else [])]
+    replies.append(({"content-encoding": "zstd"}, zstandard.compress(b"x", 3) + b"junk"))
+    left = list(replies)
+
+    async def reply(_: Any) -> Any:
+        return answer(200, *left.pop(0))
+
+    server = await start(reply)
+    client.credentials = login(server.url)
+    for _ in replies:
+        with pytest.raises(RouterError) as error:
+            await call(client, server.url)
+        assert error.value.action is Action.RETRY
+    assert client.statistics().failures == {"reply_too_large": len(replies) - 1, "reply_malformed": 1}
+
+
+@pytest.mark.parametrize("name", SHAPED)
 @pytest.mark.parametrize(
     ("headers", "body"),
     [
         ({}, b"<html>welcome to the hotel</html>"),
+        ({}, b""),
+        ({}, b"\x81\xa5drain"),
         ({}, codec.encode([1])),
-        ({"content-encoding": "zstd"}, zstandard.compress(bytes(2_000_000))),
+        ({}, b"[1]"),
+        ({}, b"\xff\xfe"),
+        ({}, b"[" * 60_000),
+        ({}, b"\x91" * 60_000),
         ({"content-encoding": "zstd"}, b"garbage"),
-        ({}, bytes(2_000_000)),
+        ({"content-encoding": "br"}, b"garbage"),
     ],
-    ids=["html", "shape", "bomb", "encoding", "size"],
+    ids=["html", "nothing", "cut", "list", "json list", "no text", "deep json", "deep", "no zstd", "other encoding"],
 )
 async def test_an_unreadable_reply_is_retried_and_counted(
-    client: Any, start: Any, login: Any, answer: Any, headers: Any, body: Any
+    client: Any, start: Any, login: Any, answer: Any, name: str, headers: Any, body: Any
 ) -> None:
     async def reply(call: Any) -> Any:
         return answer(200, headers, body)
@@ -210,7 +251,7 @@ async def test_an_unreadable_reply_is_retried_and_counted(
     server = await start(reply)
     client.credentials = login(server.url)
     with pytest.raises(RouterError) as error:
-        await client.events("b", [FRAME])
+        await CALLS[name][0](client, server.url)
     assert error.value.action is Action.RETRY
     assert client.statistics().failures == {"reply_malformed": 1}
 

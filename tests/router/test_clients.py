@@ -12,8 +12,10 @@ import httpx
 import openai
 import pytest
 import trio
+import zstandard
 from fakes.agent import MODEL, Bench, FakeAgent, answer, error, head, running, until
 
+from xim_agent.mesh.messages import MAX_BODY, SERVED_PATHS
 from xim_agent.router import catalog
 from xim_agent.router.jobs import Limits
 
@@ -71,6 +73,7 @@ class Post:
 
     def __init__(self, bench: Bench, body: dict[str, Any] = ASK) -> None:
         self.bench, self.body = bench, body
+        self.content: bytes | None = None
         self.reply: httpx.Response | None = None
         self.scope = trio.CancelScope()
         self.data = b""
@@ -79,7 +82,8 @@ class Post:
 
     async def run(self) -> None:
         with self.scope:
-            async with self.bench.http() as http, http.stream("POST", "/v1/chat/completions", json=self.body) as reply:
+            given: dict[str, Any] = {"json": self.body} if self.content is None else {"content": self.content}
+            async with self.bench.http() as http, http.stream("POST", "/v1/chat/completions", **given) as reply:
                 self.reply = reply
                 try:
                     async for data in reply.aiter_raw():
@@ -414,10 +418,67 @@ async def test_paths_and_methods_that_are_not_served(bench: Bench) -> None:
             assert (reply.status_code, set(reply.json())) == (status, {"error"}), path
 
 
-async def test_body_over_the_limit(bench: Bench) -> None:
+@pytest.mark.parametrize("method", ["PUT", "PATCH", "OPTIONS", "DELETE", "HEAD", "TRACE", "PURGE"])
+async def test_no_served_path_takes_another_method(bench: Bench, method: str) -> None:
     async with bench.http() as http:
-        reply = await http.post("/v1/chat/completions", content=b"x" * (32 * 1024 * 1024 + 1))
-    assert (reply.status_code, reply.json()["error"]["code"]) == (413, "request_too_large")
+        for path in sorted(SERVED_PATHS):
+            reply = await http.request(method, path)
+            assert reply.status_code == 405, path
+            if method != "HEAD":
+                assert reply.json()["error"]["code"] == "method_not_allowed"
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_body_over_the_limit(bench: Bench, chunked: bool) -> None:
+    body = b"x" * (MAX_BODY + 1)
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for start in range(0, len(body), 1 << 20):
+            yield body[start : start + (1 << 20)]
+
+    async with bench.http() as http:
+        reply = await http.post("/v1/chat/completions", content=pieces() if chunked else body)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (413, "request_too_large")
+        packed = {"content-encoding": "zstd"}
+        reply = await http.post("/v1/chat/completions", content=zstandard.compress(body), headers=packed)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (400, "invalid_request")
+
+
+async def test_the_largest_body_arrives(bench: Bench, agent: FakeAgent, nursery: trio.Nursery) -> None:
+    body = json.dumps({**ASK, "x": ""}).encode()
+    body = body[:-2] + b"x" * (MAX_BODY - len(body)) + body[-2:]
+    post = Post(bench)
+    post.content = body
+    nursery.start_soon(post.run)
+    lease = await agent.take()
+    assert lease["body"] is None
+    fetched = await agent.http.get(f"{bench.url}/v1/work/leases/{lease['request']}/body")
+    assert fetched.content == body
+    await agent.events(lease["id"], answer([b"{}"], kind=JSON))
+
+
+async def test_which_headers_reach_the_engine(bench: Bench, agent: FakeAgent, nursery: trio.Nursery) -> None:
+    asked = {"x-slo-ttft": "250ms", "X-SLO-Tier": "gold", "accept": "text/event-stream", "cookie": "a=b",
+             "x-api-key": "k", "x-forwarded-for": "1.2.3.4", "expect": "x", "x-slow": "no", "tracestate": "a=b",
+             "traceparent": f"00-{'1' * 32}-{'2' * 16}-01"}  # fmt: skip
+    nursery.start_soon(agent.serve_one, answer([b"{}"], kind=JSON))
+    async with bench.http() as http:
+        assert (await http.post("/v1/chat/completions", json=ASK, headers=asked)).status_code == 200
+    passed = {name.lower(): value for name, value in asked.items() if name[:5].lower() in ("x-slo", "trace", "accep")}
+    del passed["x-slow"]
+    assert agent.offered[1]["headers"] == {**passed, "content-type": "application/json"}
+
+
+async def test_characters_split_between_pieces_arrive_as_they_are(
+    bench: Bench, agent: FakeAgent, nursery: trio.Nursery
+) -> None:
+    text = "data: Gr\u00fc\u00dfe \U0001f600 \u4e16\u754c\n\n".encode()
+    for stream, kind in ((True, "text/event-stream"), (False, JSON)):
+        frames = answer([bytes([byte]) for byte in text] + [b"\xf0\x9f", b"\xff"], kind=kind)
+        nursery.start_soon(agent.serve_one, frames)
+        async with bench.http() as http:
+            reply = await http.post("/v1/chat/completions", json={**ASK, "stream": stream})
+        assert reply.content == text + b"\xf0\x9f\xff"
 
 
 async def test_refusal_of_a_large_body_arrives(bench: Bench) -> None:

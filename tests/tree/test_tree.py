@@ -282,8 +282,9 @@ async def test_a_hangup_of_the_terminal_is_a_stop(
 ) -> None:
     monkeypatch.setattr(signals.os, "isatty", lambda fd: fd == 2)
     world = World(work_seconds=(5,))
-    await drive(world, (1, hang_up))
+    await drive(world, (1, hang_up), (50, world.stop.set))
     assert "hangup" not in world.words()
+    assert world.at("returned") < 50
     assert world.at("request 0 complete") == 5
 
 

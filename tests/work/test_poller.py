@@ -132,6 +132,48 @@ async def test_the_router_asks_to_drain_and_takes_it_back(bench: Any, router: An
     assert (router.polls[-1].phase, router.polls[-1].capacity) == ("ready", 4)
 
 
+async def test_who_asks_to_drain_takes_it_back_for_itself_alone(
+    bench: Any, router: Any, autojump_clock: Any
+) -> None:
+    await bench.settle(1)
+    bench.poller.drain("an operator")
+    router.say(drain=True)
+    await bench.settle(1)
+    assert bench.poller.statistics().drained_by == ["an operator", "the router"]
+    bench.poller.undrain("an operator")
+    await bench.settle(1)
+    assert (router.polls[-1].phase, bench.poller.statistics().drained_by) == ("draining", ["the router"])
+    bench.poller.drain("an operator")
+    router.say(drain=False)
+    await bench.settle(1)
+    assert (router.polls[-1].phase, router.polls[-1].capacity) == ("draining", 0)
+    bench.poller.undrain("an operator")
+    await bench.settle(1)
+    assert (router.polls[-1].phase, router.polls[-1].capacity) == ("ready", 4)
+
+
+async def test_a_drain_is_told_when_the_router_has_answered(bench: Any, router: Any, autojump_clock: Any) -> None:
+    await bench.settle(1)
+    bench.poller.drain()
+    before = trio.current_time()
+    with trio.fail_after(10):
+        await bench.poller.told_draining()
+    assert trio.current_time() - before < 0.1, "that poll is not held"
+    await bench.settle(0.1)
+    assert [p.wait_ms for p in router.polls if p.phase == "draining"] == [0, 5000]
+
+
+@pytest.mark.parametrize("code", ["connection_lost", "agent_suspended"])
+async def test_a_drain_waits_for_no_router_that_does_not_listen(
+    bench: Any, router: Any, code: str, autojump_clock: Any
+) -> None:
+    await bench.settle(1)
+    router.cut(RouterError(code, "no", status=403 if code == "agent_suspended" else None))
+    bench.poller.drain()
+    with trio.fail_after(0.1):
+        await bench.poller.told_draining()
+
+
 async def test_pause_waits_for_what_runs(bench: Any, router: Any, autojump_clock: Any) -> None:
     bench.engine.script = [2.0, b"x"]
     router.offer()

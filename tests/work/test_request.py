@@ -11,6 +11,7 @@ from xim_agent.errors import AgentError
 from xim_agent.mesh.messages import MAX_BODY, Error, Head
 from xim_agent.mesh.trace import traced
 from xim_agent.outcome import RouterError
+from xim_agent.work import capacity
 
 LOST = RouterError("connection_lost", "the connection was lost")
 
@@ -138,11 +139,12 @@ async def test_without_credit_the_engine_is_not_read(bench: Any, router: Any, au
 
 async def test_a_body_by_reference(bench: Any, router: Any, autojump_clock: Any) -> None:
     router.bodies = {"big": [LOST, LOST, b"x" * 9], "gone": [RouterError("not_found", "gone", status=404)],
-                     "huge": [bytes(MAX_BODY + 1)]}  # fmt: skip
+                     "huge": [bytes(MAX_BODY + 1)], "more": [RouterError("reply_too_large", "much")]}  # fmt: skip
     assert (await router.ended(router.offer(body=None, request="big"))).reason == "complete"
     assert bench.engine.requests[0][2] == b"x" * 9
     assert await router.ended(router.offer(body=None, request="gone")) == Error("internal", "gone", True)
     assert (await router.ended(router.offer(body=None, request="huge"))).code == "invalid_request"
+    assert await router.ended(router.offer(body=None, request="more")) == Error("invalid_request", "much", False)
     assert len(bench.engine.requests) == 1
 
 
@@ -161,6 +163,46 @@ async def test_refused_leases_still_end(bench: Any, router: Any, autojump_clock:
     router.instant = True  # gives leases although the capacity is 0
     lease = router.offer()
     assert (await router.ended(lease)).code == "engine_overloaded"
+
+
+async def test_numbers_that_make_no_sense_cost_their_lease_at_most(
+    bench: Any, router: Any, autojump_clock: Any
+) -> None:
+    bench.engine.ceiling = 100
+    await bench.settle(26)
+    odd = [-(2**63), -1, 0, 1, 2**63 - 1, 2**64 - 1]
+    offered = [
+        router.offer(**{name: number}, **({"credit": 10} if name != "credit" else {}))
+        for name in ("deadline_ms", "ttl_ms", "credit")
+        for number in odd
+    ]
+    before = len(router.polls)
+    await bench.settle(20)
+    assert len(router.polls) - before < 20 / (capacity.SHORTEST_MS / 1000), "no poll without a pause"
+    stuck = [lease for lease in offered if not router.streams[lease].endings]
+    assert len(stuck) == 4, "without credit for all of it"
+    router.say(cancel=set(stuck))
+    for lease in offered:
+        assert len((await router.ended(lease)) and router.streams[lease].endings) == 1
+    assert (await router.ended(router.offer())).reason == "complete"
+
+
+async def test_characters_split_between_chunks_arrive_as_they_are(
+    bench: Any, router: Any, autojump_clock: Any
+) -> None:
+    text = "Gr\u00fc\u00dfe \U0001f600 \u4e16\u754c e\u0301".encode()
+    bench.engine.headers = {"content-type": "text/event-stream"}
+    for size in (1, 2, 3):
+        pieces = [text[i : i + size] for i in range(0, len(text), size)]
+        bench.engine.script = [*pieces, *[0.02, text, b"\xf0\x9f", b"\xff\xfe\n\n"]]
+        for credit in (100_000, 5):
+            lease = router.offer(credit=credit)
+            await bench.settle(0.2)
+            router.say(credit={lease: 100_000})
+            end = await router.ended(lease)
+            assert router.streams[lease].data == text * 2 + b"\xf0\x9f\xff\xfe\n\n"
+            assert (end.reason, end.bytes) == ("complete", len(text) * 2 + 6)
+            router.credit = {}
 
 
 async def test_a_lease_offered_again_is_served_once(bench: Any, router: Any, autojump_clock: Any) -> None:

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import h11
 import msgspec
 import pytest
 from hypothesis import given, settings
@@ -34,6 +35,18 @@ def make_lease(**more: Any) -> Lease:
         ({"path": "/v1/completions?x=1"}, {}, "invalid_request", False),
         ({"body": bytes(MAX_BODY + 1)}, {}, "invalid_request", False),
         ({"body": None}, {}, None, None),
+        ({"body": bytes(MAX_BODY)}, {}, None, None),
+        ({"method": "post"}, {}, "invalid_request", False),
+        ({"path": "/V1/completions"}, {}, "invalid_request", False),
+        ({"path": "//v1/completions"}, {}, "invalid_request", False),
+        ({"path": "/v1/completions\r\nx: y"}, {}, "invalid_request", False),
+        ({"headers": {"accept": "a\r\nx: y"}}, {}, "invalid_request", False),
+        ({"headers": {"X-SLO-\n": "a"}}, {}, "invalid_request", False),
+        ({"headers": {"x-slo-name": "\u00fc"}}, {}, "invalid_request", False),
+        ({"headers": {"x-slo-name": " a"}}, {}, "invalid_request", False),
+        ({"headers": {"accept": "a" * 8193}}, {}, "invalid_request", False),
+        ({"headers": {"accept": "a\tb" + " " * 8000 + "c"}}, {}, None, None),
+        ({"headers": {"cookie": "not passed on\r\n"}}, {}, None, None),
         ({}, {"room": 0}, "engine_overloaded", True),
         ({}, {"ready": False}, "engine_overloaded", True),
         ({}, {"draining": True, "ready": False}, "draining", True),
@@ -43,6 +56,39 @@ def make_lease(**more: Any) -> Lease:
 def test_refusals(more: Any, state: Any, code: str | None, retryable: bool | None) -> None:
     error = lease.refusal(make_lease(**more), **({"room": 1, "ready": True, "draining": False} | state))
     assert (error and error.code, error and error.retryable) == (code, retryable)
+
+
+words = st.text(max_size=12) | st.from_regex(r"[A-Za-z-]{0,6}[\x00-\xff]{0,3}", fullmatch=True)
+leases = st.builds(
+    make_lease,
+    method=st.sampled_from(["POST", "GET", "", "post", "POST "]) | words,
+    path=st.sampled_from([*SERVED_PATHS, "/metrics", "/v1/models", ""]) | words,
+    headers=st.dictionaries(
+        st.sampled_from(["accept", "Traceparent", "x-slo-", "X-SLO-a"]) | words.map("x-slo-{}".format), words
+    ),
+    body=st.none() | st.binary(max_size=9),
+)
+
+
+@settings(max_examples=300)
+@given(leases, st.integers(-2, 2), st.booleans(), st.booleans())
+def test_whatever_a_lease_says_it_is_taken_or_refused_by_name(
+    asked: Lease, room: int, ready: bool, draining: bool
+) -> None:
+    error = lease.refusal(asked, room=room, ready=ready, draining=draining)
+    if error is not None:
+        assert error.code in ("invalid_request", "draining", "engine_overloaded")
+        assert error.retryable is (error.code != "invalid_request")
+        assert len(error.message) < 1000
+        return
+    assert (asked.method, asked.path in SERVED_PATHS) == ("POST", True)
+    assert (room > 0, ready, draining) == (True, True, False)
+    sent = lease.request_headers(asked.headers, asked.request)
+    # As they go to the engine: nothing in them makes a header of its own, and h11 would refuse what is none.
+    lines = [(b"host", b"engine"), *((name.encode(), value.encode("ascii")) for name, value in sent.items())]
+    data = h11.Connection(h11.CLIENT).send(h11.Request(method="POST", target=asked.path, headers=lines))
+    assert data is not None
+    assert data.count(b"\r\n") == 2 + len(lines)
 
 
 def test_a_lease_that_could_not_be_read_is_refused_with_its_flaw() -> None:
@@ -163,6 +209,7 @@ def test_how_long_a_poll_may_be_held() -> None:
     assert capacity.wait_ms(view(), sure=True, shortest_ttl=30.0) == 10_000
     assert capacity.wait_ms(view(running=4), sure=True, shortest_ttl=75.0) == 5_000
     assert capacity.wait_ms(view(), sure=False, shortest_ttl=None) == 0
+    assert capacity.wait_ms(view(), sure=True, shortest_ttl=0.001) == capacity.SHORTEST_MS
 
 
 DONE = b"data: [DONE]\n\n"

@@ -15,6 +15,10 @@ class ContentError(ValueError):
     """The body cannot be unpacked, or is larger than allowed."""
 
 
+class ContentTooLarge(ContentError):
+    """It is larger than allowed."""
+
+
 def pack(body: bytes) -> tuple[dict[str, str], bytes]:
     """(headers, body): compressed when that is allowed and saves something."""
     if len(body) > COMPRESS_FROM:
@@ -37,5 +41,5 @@ def unpack(body: bytes, encoding: str, limit: int) -> bytes:
     elif name not in ("", "identity"):
         raise ContentError(f"content-encoding {encoding!r:.40} was not asked for")
     if len(body) > limit:
-        raise ContentError(f"more than {limit} bytes")
+        raise ContentTooLarge(f"more than {limit} bytes")
     return body

@@ -45,6 +45,11 @@ def malformed(what: str, reason: str) -> RouterError:
     return RouterError("reply_malformed", f"{what}: the reply cannot be read: {reason}")
 
 
+def too_large(what: str, limit: int) -> RouterError:
+    """`limit` in bytes. Retry class too, for those who call again in any case."""
+    return RouterError("reply_too_large", f"{what}: the reply has more than {limit} bytes")
+
+
 def from_reply(what: str, status: int, headers: Mapping[str, str], body: bytes, now: float) -> RouterError:
     """`what`: method and URL; `headers` with lower-case names; `body` decoded."""
     try:

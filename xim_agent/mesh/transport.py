@@ -15,7 +15,7 @@ from xim_agent import __version__
 from xim_agent.clock import Clock
 from xim_agent.errors import AgentError, Exit
 from xim_agent.mesh import failures
-from xim_agent.mesh.content import ContentError, unpack
+from xim_agent.mesh.content import ContentError, ContentTooLarge, unpack
 from xim_agent.mesh.tls import verified
 from xim_agent.outcome import RouterError
 
@@ -158,6 +158,9 @@ class Transport:
         """A reply that makes no sense: counted, retry class."""
         return self.count(failures.malformed(_what(method, url), reason))
 
+    def too_large(self, request: httpx.Request, limit: int) -> RouterError:
+        return self.count(failures.too_large(_what(request.method, request.url), limit))
+
     def statistics(self) -> ClientStatistics:
         return ClientStatistics(
             calls=self._calls,
@@ -180,9 +183,11 @@ class Transport:
         async for chunk in opened:
             raw += chunk
             if len(raw) > limit:
-                raise self.malformed(response.request.method, response.request.url, f"more than {limit} bytes")
+                raise self.too_large(response.request, limit)
         try:
             return unpack(bytes(raw), response.headers.get("content-encoding", ""), limit)
+        except ContentTooLarge:
+            raise self.too_large(response.request, limit) from None
         except ContentError as error:
             raise self.malformed(response.request.method, response.request.url, str(error)) from None
 

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from xim_agent.mesh.messages import MAX_WAIT_MS, Condition, Phase, Progress
 
+# A lease of next to no life must not make us poll without a pause.
+SHORTEST_MS = 100
+
 
 @dataclass(frozen=True)
 class View:
@@ -40,7 +43,7 @@ def wait_ms(view: View, *, sure: bool, shortest_ttl: float | None) -> int:
     if not sure:
         return 0
     longest = MAX_WAIT_MS if view.capacity else 5_000
-    return longest if shortest_ttl is None else min(longest, int(shortest_ttl * 1000 / 3))
+    return longest if shortest_ttl is None else min(longest, max(SHORTEST_MS, int(shortest_ttl * 1000 / 3)))
 
 
 def must_replace(told: View, now: View) -> bool:

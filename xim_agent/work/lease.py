@@ -1,5 +1,6 @@
 """What a lease asks for, whether it is taken, and how long it holds. Times are seconds of one monotonic clock."""
 
+import re
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -8,6 +9,9 @@ from xim_agent.mesh.messages import MAX_BODY, SERVED_PATHS, Error, Lease, OddLea
 from xim_agent.mesh.trace import traced
 
 _REQUEST_HEADERS = frozenset({"content-type", "accept", "traceparent", "tracestate"})
+_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}")
+# Without what ends a line: nobody adds a header, or a request, to those of the engine's connection.
+_VALUE = re.compile(r"(?:[!-~](?:[\t -~]{0,8190}[!-~])?)?")
 _HOP_BY_HOP = frozenset(
     {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer", "transfer-encoding"}
     | {"upgrade", "date", "server", "content-length"}
@@ -22,6 +26,10 @@ def refusal(lease: Lease, *, room: int, ready: bool, draining: bool) -> Error | 
         return Error("invalid_request", f"{lease.method:.16} {lease.path:.200} is not served", retryable=False)
     if lease.body is not None and len(lease.body) > MAX_BODY:
         return Error("invalid_request", f"the body has {len(lease.body)} bytes, over {MAX_BODY}", retryable=False)
+    for name, value in lease.headers.items():
+        if passes(name.lower()) and not (_NAME.fullmatch(name) and _VALUE.fullmatch(value)):
+            what = f"the header {name!r:.100} has a name or a value that cannot be sent on"
+            return Error("invalid_request", what, retryable=False)
     if draining:
         return Error("draining", "the agent is stopping", retryable=True)
     if not ready:

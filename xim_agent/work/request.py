@@ -18,7 +18,9 @@ from xim_agent.work.tail import Tail
 
 log = logging.getLogger("xim_agent.work")
 
-_CODES: dict[str, ErrorCode] = {"engine_lost": "engine_lost", "poison_request": "invalid_request"}
+_CODES: dict[str, ErrorCode] = {
+    "engine_lost": "engine_lost", "poison_request": "invalid_request", "reply_too_large": "invalid_request",
+}  # fmt: skip
 
 
 class Taker(Protocol):
@@ -118,6 +120,6 @@ async def _fetch(request: str, bodies: Bodies) -> bytes:
         try:
             return await bodies.lease_body(request)
         except RouterError as error:
-            if error.action is not Action.RETRY:
+            if error.action is not Action.RETRY or error.code == "reply_too_large":
                 raise
             await trio.sleep(backoff.next(random.random(), error.retry_after))
