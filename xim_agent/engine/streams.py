@@ -5,7 +5,7 @@ which trio waits for as for any other, and every piece goes straight to where it
 is one of those that wait for an answer, so nothing runs while nobody waits, and when it is over or cancelled the next
 one takes its place.
 
-Once an answer has begun its socket is looked at 60 times a second at most and not at every piece: what it brings leaves
+Once an answer has begun its socket is looked at 50 times a second at most and not at every piece: what it brings leaves
 in batches anyway (`work.outbox`), and many small pieces are read, packed and sent in one go. What has not begun, and
 what comes after a quiet moment, is read at once.
 """
@@ -20,7 +20,7 @@ from trio.lowlevel import wait_readable, wait_writable
 from xim_agent.engine.reader import Malformed, Reader
 
 # Longer than a batch waits: a call costs 0.8 ms of CPU, as much as 100 pieces of 200 bytes do with all else.
-REST_SECONDS = 0.016
+REST_SECONDS = 0.020
 READ = 64 * 1024
 # So that 2,000 full sockets hold up nothing else for long; the kernel goes round among them.
 AT_ONCE = 512
@@ -31,17 +31,21 @@ _IN = select.EPOLLIN
 class Connection:
     """One request. `take` gets the body piece by piece and says whether it wants more.
 
-    `early`: what of the body came with the head; `lost`: why no more comes; `bug`: what `take` raised.
+    `early`: what of the body came with the head; `full`: `take` wanted no more after its last piece; `lost`: why no
+    more comes; `bug`: what `take` raised; `events`: this is an event stream, whose pieces count.
     """
 
-    __slots__ = ("begun", "bug", "early", "lost", "reader", "settled", "sock", "take", "watched_by", "woken")
+    __slots__ = (
+        *("begun", "bug", "early", "events", "full", "lost", "reader", "settled", "sock", "take", "watched_by"),
+        "woken",
+    )
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.reader = Reader()
         self.take: Callable[[bytes], bool] | None = None
         self.early = b""
-        self.begun = self.settled = False
+        self.begun = self.settled = self.events = self.full = False
         self.watched_by: select.epoll | None = None
         self.woken = trio.Event()
         self.lost: str | None = None
@@ -49,9 +53,10 @@ class Connection:
 
 
 class Streams:
-    """What was connected is to be closed, whatever happens."""
+    """What was connected is to be closed, whatever happens. `pieces`: how many of event streams have come."""
 
     def __init__(self) -> None:
+        self.pieces = 0
         self._connections: dict[int, Connection] = {}
         # What has not begun is read at once, the rest in turns; `_all` holds both.
         self._fresh, self._running, self._all = select.epoll(), select.epoll(), select.epoll()
@@ -195,12 +200,14 @@ class Streams:
         if connection.take is None:
             connection.early = body
             return
+        self.pieces += connection.events
         try:
             more = connection.take(body)
         except Exception as bug:  # raised in the task whose it is
             connection.bug = bug
             more = False
         if not more:
+            connection.full = True
             self._settle(connection)
         elif not connection.begun:
             connection.begun = True
