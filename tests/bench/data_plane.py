@@ -1,8 +1,8 @@
 """The hop from engine to router, and what a user would put in its place, under the same load.
 
-By hand, in the root: `python tests/bench/data_plane.py [--streams 32,128,512] [--seconds 10] [--rows direct,agent]`.
-A synthetic engine sends an event of about 200 bytes per stream every 20 ms. Each row is measured after 2 s of warm-up,
-in processes of its own; requests come anew after 250 pieces. Prints, per row and number of streams:
+By hand, in the root: `PYTHONPATH=.:tests python tests/bench/data_plane.py [--streams 32,128] [--rows direct,agent]`. A
+synthetic engine sends an event of about 200 bytes per stream every 20 ms. Each row is measured after 2 s of warm-up, in
+processes of its own; a request ends after `--pieces` and another one comes. Prints, per row and number of streams:
 
     chunks/s   pieces that came to the client (or, of the agent, to a router that acknowledges them)
     CPU us     of the measured process per piece, requests and polls included
@@ -11,20 +11,20 @@ in processes of its own; requests come anew after 250 pieces. Prints, per row an
     hop        ms from the engine's send to us: p50 and p99
     B/chunk    bytes read per piece; of the agent those of bodies of events
     RSS        peak, MiB
+
+With `--real VLLM MODEL`: real vLLM at its own pace, by its socket and through agent and local router.
 """
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from data_plane_peers import PEERS, Place, Usage, free_port, python, running, said, usage
+from data_plane_peers import PEERS, Place, free_port, python, running, said
+from data_plane_rows import Row, head, row, show, watch
 
 ROWS = ("direct", "nginx", "vllm-router", "agent")
 
@@ -41,35 +41,6 @@ class Shape:
         """More than can run: the rest of the window, and what the warm-up takes."""
         each = (self.seconds + 3) * 1000 / self.period_ms / self.pieces
         return int(self.streams * (each + 3)) + 64
-
-
-@dataclass(frozen=True)
-class Row:
-    name: str
-    streams: int
-    rate: float
-    cpu_us: float
-    delays: dict[str, float]
-    wire: float
-    peak: int
-    whole: int
-    wrong: int
-
-
-def watch(driver: subprocess.Popen[str], pid: int | None) -> tuple[dict[str, Any], Usage, Usage]:
-    """The driver's lines, and what the measured process had used at the begin and the end of its window."""
-    assert driver.stdout is not None
-    lines: dict[str, Any] = {}
-    used = {}
-    for line in driver.stdout:
-        found = json.loads(line)
-        name = next(iter(found))
-        lines[name] = found
-        if name in ("begin", "end"):
-            used[name] = usage(pid)
-        if name == "report":
-            return lines, used["begin"], used["end"]
-    raise SystemExit("the driver ended without a report")
 
 
 @contextmanager
@@ -91,39 +62,9 @@ def measure(name: str, shape: Shape, peers: Path) -> Row:
                 url, ceiling = f"http://127.0.0.1:{port}", shape.streams * 2
                 argv = (place.engine, url, ceiling, place.scratch / "spool")
                 with running(*python("data_plane_agent.py", *argv)) as agent:
-                    return row(name, shape, *watch(driver, agent.pid))
+                    return row(name, shape.streams, *watch(driver, agent.pid))
         with PEERS[name](place) as (address, pid), running(*python("data_plane_client.py", address, *load)) as driver:
-            return row(name, shape, *watch(driver, pid))
-
-
-def row(name: str, shape: Shape, lines: dict[str, Any], before: Usage, after: Usage) -> Row:
-    begin, end, report = lines["begin"], lines["end"], lines["report"]
-    chunks = max(1, end["chunks"] - begin["chunks"])
-    return Row(
-        name,
-        shape.streams,
-        chunks / (end["end"] - begin["begin"]),
-        (after.cpu - before.cpu) / chunks * 1e6,
-        {key: value * 1000 for key, value in report["report"].items()},
-        (end["wire"] - begin["wire"]) / chunks,
-        after.peak,
-        report["whole"],
-        report["wrong"],
-    )
-
-
-def show(row: Row, direct: Row | None) -> None:
-    d = dict(row.delays)
-    if direct is not None and row is not direct:
-        for key in ("first50", "first99"):
-            d[key] -= direct.delays[key]
-    pairs = "  ".join(f"{d[f'{name}50']:6.1f} {d[f'{name}99']:6.1f}" for name in ("first", "gap", "hop"))
-    wrong = f"  {row.wrong} of {row.whole + row.wrong} answers are not whole" if row.wrong else ""
-    print(
-        f"{row.name:12} {row.streams:6} {row.rate:8.0f} {row.cpu_us:7.1f}  {pairs}  {row.wire:7.1f} "
-        f"{row.peak / 2**20:6.0f}{wrong}",
-        flush=True,
-    )
+            return row(name, shape.streams, *watch(driver, pid))
 
 
 def main() -> None:
@@ -134,15 +75,21 @@ def main() -> None:
     parser.add_argument("--pieces", type=int, default=250, help="of an answer")
     parser.add_argument("--period-ms", type=float, default=20.0, help="between two pieces of a stream")
     parser.add_argument("--peers", type=Path, default=Path(tempfile.gettempdir(), "xim-bench-peers"))
+    parser.add_argument("--real", nargs=2, metavar=("VLLM", "MODEL"))
     asked = parser.parse_args()
     asked.peers.mkdir(exist_ok=True)
-    delays = "  ".join(f"{name:>13}" for name in ("first", "gap", "hop"))
-    print(f"{'':12} {'stream':>6} {'chunks/s':>8} {'CPU us':>7}  {delays}  {'B/chunk':>7} {'RSS':>6}")
+    streams = [int(number) for number in asked.streams.split(",")]
+    if asked.real:
+        import data_plane_real
+
+        data_plane_real.run(*asked.real, streams, asked.seconds, asked.pieces)
+        return
+    print(head())
     wrong = 0
-    for streams in map(int, asked.streams.split(",")):
+    for number in streams:
         base: Row | None = None
         for name in asked.rows.split(","):
-            measured = measure(name, Shape(streams, asked.seconds, asked.pieces, asked.period_ms), asked.peers)
+            measured = measure(name, Shape(number, asked.seconds, asked.pieces, asked.period_ms), asked.peers)
             base = measured if name == "direct" else base
             show(measured, base)
             wrong += measured.wrong

@@ -63,7 +63,7 @@ async def run(socket: str, url: str, ceiling: int, directory: Path) -> None:
         )  # fmt: skip
         tree.start_soon(sender.run)
         async with trio.open_nursery() as work:
-            tree.start_soon(poller.run, work)
+            tree.start_soon(poller.run, work)  # noqa: ASYNC111
             with trio.open_signal_receiver(signal.SIGTERM) as signals:
                 await anext(signals)
             work.cancel_scope.cancel()

@@ -4,6 +4,7 @@
 ADDRESS: a port of this machine, or the path of a Unix socket. One thread over one epoll, so that it is light.
 """
 
+import os
 import select
 import socket
 import sys
@@ -46,6 +47,8 @@ class Clients:
     def ask(self) -> None:
         n, body = self.load.body()
         head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        if key := os.environ.get("XIM_BENCH_KEY"):
+            head += b"authorization: Bearer %b\r\n" % key.encode()
         request = head + b"content-length: %d\r\n\r\n" % len(body) + body
         unix = "/" in self.address
         sock = socket.socket(socket.AF_UNIX if unix else socket.AF_INET)
@@ -67,7 +70,8 @@ class Clients:
             reader.at += count
         reader.tail = (reader.tail + data)[-len(END) :]
         if not data or reader.tail == END:
-            whole = reader.at == self.load.times.length[reader.n] + 1
+            asked = self.load.times.length[reader.n]
+            whole = reader.tail == END and (reader.at == asked + 1 or bool(self.load.model and reader.at))
             self.load.whole += whole
             self.load.wrong += not whole
             del self.readers[reader.sock.fileno()]

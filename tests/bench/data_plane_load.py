@@ -1,9 +1,11 @@
 """What both drivers share: requests of known number, a warm-up, a window in which is measured, a report at the end."""
 
 import json
+import os
 import random
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 from data_plane_times import Times
 
@@ -24,6 +26,8 @@ class Load:
     wrong: int = 0
     wire: int = 0
     chunks: int = 0
+    # Of real vLLM; then nothing is known of when it sent what.
+    model: str = field(default_factory=lambda: os.environ.get("XIM_BENCH_MODEL", ""))
     began: float = field(default_factory=time.monotonic)
     dice: random.Random = field(default_factory=lambda: random.Random(2))
 
@@ -32,7 +36,13 @@ class Load:
         n, self.given = self.given, self.given + 1
         pieces = self.dice.randint(2, self.pieces) if n < self.streams else self.pieces
         messages = [{"role": "user", "content": f"Tell me about {self.dice.random()}."}]
-        asked = {"model": "toy", "stream": True, "messages": messages, "n": n, "pieces": pieces}
+        asked: dict[str, Any] = {"model": self.model or "toy", "stream": True, "messages": messages}
+        if self.model:
+            # With the first event, which names the role, and the last one, which names the reason, it has all slots.
+            asked |= {"max_tokens": max(1, pieces - 2), "ignore_eos": True}
+            self.times.length[n] = pieces
+        else:
+            asked |= {"n": n, "pieces": pieces}
         self.times.asked[n] = time.monotonic()
         return n, json.dumps(asked).encode()
 
@@ -45,7 +55,7 @@ class Load:
     def piece(self, n: int, at: int, count: int, now: float) -> None:
         """Pieces `at` to `at + count` of request `n` came."""
         base = n * self.times.pieces + at
-        for i in range(base, base + count):
+        for i in range(base, min(base + count, (n + 1) * self.times.pieces)):
             self.times.came[i] = now
         self.chunks += count
 

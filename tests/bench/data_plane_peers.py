@@ -46,8 +46,12 @@ def free_port() -> int:
 
 @contextmanager
 def running(*argv: object, **more: object) -> Iterator[subprocess.Popen[str]]:
-    """Ends with the block: SIGTERM, 5 s, SIGKILL."""
-    env = os.environ | {"PYTHONPATH": f"{HERE.parent.parent}:{HERE.parent}:{HERE}"}
+    """Ends with the block: SIGTERM, 5 s, SIGKILL. `more`: of the environment."""
+    env = (
+        os.environ
+        | {name: str(value) for name, value in more.items()}
+        | {"PYTHONPATH": f"{HERE.parent.parent}:{HERE.parent}:{HERE}"}
+    )
     process = subprocess.Popen(list(map(str, argv)), stdout=subprocess.PIPE, text=True, env=env)
     try:
         yield process
@@ -127,19 +131,20 @@ PEERS = {"direct": direct, "nginx": nginx, "vllm-router": vllm_router}
 
 @dataclass(frozen=True)
 class Usage:
-    """`cpu` in seconds, `peak` in bytes, of a process and its children."""
+    """`cpu` in seconds, `peak` in bytes."""
 
     cpu: float
     peak: int
 
 
-def usage(pid: int | None) -> Usage:
+def usage(pid: int | None, *, alone: bool = False) -> Usage:
+    """`alone`: without the children, which are none of its work."""
     if pid is None:
         return Usage(0.0, 0)
     cpu, peak = 0.0, 0
     for task in Path(f"/proc/{pid}/task").iterdir():
         cpu += int((task / "schedstat").read_text().split()[0]) / 1e9
-        for child in (task / "children").read_text().split():
+        for child in [] if alone else (task / "children").read_text().split():
             below = usage(int(child))
             cpu, peak = cpu + below.cpu, peak + below.peak
     status = Path(f"/proc/{pid}/status").read_text()

@@ -41,7 +41,8 @@ class Times:
                         found.gap.append(max(0.0, (came - last_came) - (sent - last_sent)))
                     else:
                         found.first.append(came - self.asked[request])
-                    found.hop.append(came - sent)
+                    if sent:
+                        found.hop.append(came - sent)
                 last_sent, last_came = sent, came
         return found
 

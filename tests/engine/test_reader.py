@@ -68,6 +68,7 @@ odd = st.sampled_from(
     [b"A\r\n0123456789\r\n", b"00003\r\nabc\r\n", b"000000000003\r\nabc\r\n", b"3;ext=1\r\nabc\r\n", b"3 \r\nabc\r\n"]
 )
 WRONG = [
+    *(b"3\r\nabcXX", b"3\r\nabc\rX", b"3\r\nabc\n\n", b"3\r\nabcX\n"),
     *(b"3\r\nabcd\r\n", b"3\r\nabc\n", b"3\r\nabc\rx", b"g\r\n", b"-1\r\nabc\r\n", b"0x3\r\nabc\r\n", b"3\nabc\r\n"),
     *(b"\r\n", b"f" * 21 + b"\r\n", b"1_0\r\n0123456789abcdef\r\n", b" 3\r\nabc\r\n", b"+3\r\nabc\r\n", b"3"),
 ]
@@ -99,7 +100,9 @@ def cut(data: bytes, at: list[int]) -> list[bytes]:
 
 @given(heads, bodies, st.lists(st.integers(0, 1000), max_size=8))
 @example(HEAD, b"3\r\nabc\r\n0\r\n\r\n", list(range(200)))
-@example(HEAD, b"3\r\nabc\rx", list(range(200)))
+@example(HEAD, b"3\r\nabcXX0\r\n\r\n", list(range(200)))
+@example(HEAD, b"3\r\nabcXX0\r\n\r\n", [])
+@example(HEAD, b"3\r\nabcXX0\r\n\r\n", [len(HEAD) + 5])
 def test_as_h11_does(head: bytes, body: bytes, at: list[int]) -> None:
     assert by_reader(cut(head + body, at)) == by_h11(head + body)
 

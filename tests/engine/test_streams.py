@@ -180,6 +180,34 @@ async def test_a_cut_answer_is_lost(engine: Any, cut: bytes) -> None:
     assert client.active == 0
 
 
+async def test_what_came_before_a_loss_is_given_first(engine: Any, nursery: trio.Nursery) -> None:
+    go = trio.Event()
+
+    async def script(stream: trio.SocketStream) -> None:
+        await stream.send_all(HEAD + chunk(b"one"))
+        await go.wait()
+        await stream.send_all(chunk(b"two") + b"zz\r\n")
+
+    client = await engine(script)
+    taker, said = Taker(3), []
+
+    async def fails() -> None:
+        with pytest.raises(EngineLost):
+            await read(client, taker)
+        said.append(taker.limit)
+
+    with trio.fail_after(10):
+        async with trio.open_nursery() as readers:
+            readers.start_soon(fails)
+            await taker.came.wait()
+            go.set()
+            await until(lambda: taker.got == b"onetwo")
+            await trio.testing.wait_all_tasks_blocked()
+            assert not said
+            taker.more(6)
+    assert said == [6]
+
+
 async def test_what_a_taker_raises_costs_its_own_request(engine: Any, nursery: trio.Nursery) -> None:
     go = trio.Event()
 

@@ -3,7 +3,6 @@
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 import httpx
@@ -54,8 +53,7 @@ class EngineReply:
         self.headers = connection.reader.headers
         self._client = client
         self._connection = connection
-        self._full = False
-        self._events = self.headers.get("content-type", "").startswith("text/event-stream")
+        connection.events = self.headers.get("content-type", "").startswith("text/event-stream")
 
     async def relay(self, taker: Taker) -> None:
         """The whole body, undecoded, as it comes; not read while the taker has no room. Raises EngineLost."""
@@ -79,25 +77,20 @@ class EngineReply:
 
     async def _more(self, take: Callable[[bytes], bool]) -> bool:
         """False after the last byte; what came before a loss is given first."""
-        connection = self._connection
+        connection, streams = self._connection, self._client.streams
+        connection.full = False
         if early := connection.early:
             connection.early, connection.begun = b"", True
-            if not self._came(take, early):
+            streams.pieces += connection.events
+            if not take(early):
                 return True
-        self._full = False
         if not connection.reader.done and connection.lost is None:
-            connection.take = partial(self._came, take)
+            connection.take = take
             with self._client.waits:
-                await self._client.streams.wait(connection)
-        if connection.lost is not None and not self._full:
+                await streams.wait(connection)
+        if connection.lost is not None and not connection.full:
             raise EngineLost(connection.lost)
-        return self._full or not connection.reader.done
-
-    def _came(self, take: Callable[[bytes], bool], piece: bytes) -> bool:
-        self._client.streamed += self._events
-        more = take(piece)
-        self._full = not more
-        return more
+        return connection.full or not connection.reader.done
 
 
 @dataclass
@@ -121,7 +114,6 @@ class EngineClient:
     """
 
     def __init__(self, salt_secret: str | None = None) -> None:
-        self.streamed = 0
         self.waits = Waits()
         self.poison = Poison()
         self._salt_secret = salt_secret
@@ -129,6 +121,10 @@ class EngineClient:
         self._socket: str | None = None
         self._running: dict[object, tuple[str, bytes]] = {}
         self._lost: dict[bytes, float] = {}  # mark → when
+
+    @property
+    def streamed(self) -> int:
+        return self.streams.pieces
 
     @property
     def active(self) -> int:
