@@ -16,10 +16,12 @@ from xim_agent.watch import Watch
 log = logging.getLogger("xim_agent.work")
 
 Kind = Literal["poll", "events"]
-# A router that restarts must find its agents within 2 s, so the first minute of an outage is tried more often than
-# the backoff would; that is still below one attempt per second on average.
-QUICK_FOR = 60.0
+# A router that comes back must find its agents within 2 s, after up to ten minutes, so an outage is tried more often
+# than the backoff would; that is still below one attempt per second on average.
+QUICK_FOR = 660.0
 QUICK_CAP = 1.5
+# What a proxy in front of a router says while that restarts.
+AWAY = frozenset({None, 502, 503, 504})
 # So many calls in a row without a reply, and the next router is tried.
 UNANSWERED = 3
 
@@ -116,7 +118,7 @@ class Link:
             self._unanswered = 0
             self._unreachable()
         delay = self._backoff.next(self._rand())
-        if error.status is None and now - self._down_since < QUICK_FOR:
+        if error.status in AWAY and now - self._down_since < QUICK_FOR:
             delay = min(delay, QUICK_CAP)
         self._until = now + max(delay, min(error.retry_after or 0.0, 300.0))
         self._health.set("router_unreachable", error.message, error.hint)
