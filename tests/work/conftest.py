@@ -4,7 +4,7 @@ A test must name `autojump_clock` itself: pytest-trio does not see it behind ano
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -185,9 +185,10 @@ class FakeReply:
         self.engine = engine
 
     async def relay(self, taker: Any) -> None:
-        async for piece in self.chunks():
-            if not taker.take(piece):
-                await taker.room()
+        async with aclosing(self.chunks()) as pieces:
+            async for piece in pieces:
+                if not taker.take(piece):
+                    await taker.room()
 
     async def chunks(self) -> AsyncIterator[bytes]:
         for item in self.engine.script:
