@@ -50,7 +50,7 @@ def running(*argv: object, **more: object) -> Iterator[subprocess.Popen[str]]:
     env = (
         os.environ
         | {name: str(value) for name, value in more.items()}
-        | {"PYTHONPATH": f"{HERE.parent.parent}:{HERE.parent}:{HERE}"}
+        | {"PYTHONPATH": f"{HERE.parent.parent}:{HERE.parent}:{HERE}:{os.environ.get('PYTHONPATH', '')}"}
     )
     process = subprocess.Popen(list(map(str, argv)), stdout=subprocess.PIPE, text=True, env=env)
     try:

@@ -84,8 +84,10 @@ class Outbox:
             size = max(0, stream.credit - stream.used)
             piece = piece[:size]
         if size > MAX_DATA:
-            parts = [piece[start : start + MAX_DATA] for start in range(0, size, MAX_DATA)]
-            return size, bool([part for part in parts if self.data(lease, part)[1]])
+            earlier = False
+            for start in range(0, size, MAX_DATA):
+                earlier |= self.data(lease, piece[start : start + MAX_DATA])[1]
+            return size, earlier
         if not size:
             return 0, False
         seq, urgent, queue = stream.next_seq, stream.chunks == 0, self._queue
