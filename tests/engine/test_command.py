@@ -91,8 +91,9 @@ def test_embedding_models_run_as_pooling() -> None:
 def test_ranks_on_a_cpu_get_a_core_each() -> None:
     env = made(Config(tensor_parallel_size=2)).env
     assert (env["VLLM_CPU_OMP_THREADS_BIND"], env["OMP_NUM_THREADS"]) == ("0|1", "1")
-    with pytest.raises(AgentError, match="3 ranks need as many CPUs"):
+    with pytest.raises(AgentError, match="3 ranks need as many CPUs") as refused:
         made(Config(tensor_parallel_size=3))
+    assert "TENSOR_PARALLEL_SIZE" in refused.value.hint
 
 
 def test_hyperthreads_and_quotas() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import trio
-from fakes.engine import alive, assignment, shm, until
+from fakes.engine import CPU_HOST, alive, assignment, shm, until
 from fakes.real_options import PLAIN, STARTS, Row
 from fakes.real_vllm import (
     JSON,
@@ -49,7 +49,7 @@ LONG = {"model": "m", "prompt": "A worker asks the router for work. " * 40, "max
 
 @dataclass(frozen=True)
 class Bench:
-    """`toy`: of the places that words may name; `model`: what is served."""
+    """`toy`: of the places that words may name; `model`: what is served; `cores`: what a cgroup leaves."""
 
     guard: Guard
     runtime: Path
@@ -58,6 +58,7 @@ class Bench:
     launcher: str
     nursery: trio.Nursery
     logs: pytest.LogCaptureFixture
+    cores: float = 2.0
 
     @property
     def places(self) -> dict[str, str]:
@@ -67,7 +68,8 @@ class Bench:
     async def start(self, rows: list[Row], runtime: Path) -> EngineService:
         """Ready, and it has told what `rows` expect. `runtime`: another one each time."""
         places = self.places | {"runtime": str(runtime)}
-        service = real_service(load({}, variables(rows, places)), self.guard, runtime)
+        hardware = replace(CPU_HOST, cpu_limit=self.cores)
+        service = real_service(load({}, variables(rows, places)), self.guard, runtime, hardware)
         self.nursery.start_soon(service.run)
         self.logs.clear()
         with self.logs.at_level(logging.INFO, "xim_agent.engine.vllm"):
@@ -151,6 +153,8 @@ QUICK = ("one rank", "two ranks")
 async def test_options_reach_real_vllm(name: str, bench: Bench) -> None:
     if name == "ngram":
         bench = replace(bench, model=repeating(bench.toy, bench.runtime / "model"))
+    if name.endswith("a quota of one core"):
+        bench = replace(bench, cores=1.0)
     service = await bench.start(STARTS[name], bench.runtime)
     await MORE.get(name, nothing_more)(bench, service)
     if service.ready:

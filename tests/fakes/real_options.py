@@ -84,6 +84,16 @@ STARTS: dict[str, list[Row]] = {
         ("max_model_len", "1000", {"vllm.model_config.max_model_len": 1000}),
         FLOAT,
     ],
+    "two ranks with a quota of one core": [
+        *ALWAYS,
+        (
+            "TENSOR_PARALLEL_SIZE", "2",
+            {
+                "vllm.parallel_config.tensor_parallel_size": 2, "vllm_env.VLLM_CPU_OMP_THREADS_BIND": "nobind",
+                "env.OMP_NUM_THREADS": "1", "worker.cpus": [{0, 1}, {0, 1}],
+            },
+        ),
+    ],
     "two stages": [
         *WITHOUT_EAGER,  # without the warm-up that belongs to compiling, vLLM's second stage dies of its first request
         ("PIPELINE_PARALLEL_SIZE", "2", {"vllm.parallel_config.pipeline_parallel_size": 2, "worker.cpus": [{0}, {1}]}),

@@ -18,18 +18,19 @@ from xim_agent.config.fields import Config
 from xim_agent.engine.guard import Guard
 from xim_agent.engine.service import EngineService
 from xim_agent.engine.tree import descendants
+from xim_agent.hardware.report import Hardware
 from xim_agent.health import Health
 
-START_SECONDS = 240  # of a loaded machine with two cores; alone it takes 20
+START_SECONDS = 480  # of a machine that is busy with much else; alone two cores take 20
 JSON = {"content-type": "application/json"}
 _ARGUMENTS = "non-default args: "
 
 
-def real_service(config: Config, guard: Guard, runtime: Path) -> EngineService:
+def real_service(config: Config, guard: Guard, runtime: Path, hardware: Hardware = CPU_HOST) -> EngineService:
     """Compile caches lie in the model cache, as in an agent."""
     return EngineService(
         config=config,
-        hardware=CPU_HOST,
+        hardware=hardware,
         guard=guard,
         runtime_dir=runtime,
         clock=SystemClock(),

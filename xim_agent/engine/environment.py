@@ -39,7 +39,10 @@ def pairs(words: Iterable[str]) -> dict[str, str]:
         name, equals, value = word.partition("=")
         if not equals or not name:
             raise AgentError(
-                "engine_env_invalid", f"VLLM_ENV holds {word!r}, which is not KEY=VALUE", exit_code=Exit.CONFIG
+                "engine_env_invalid",
+                f"VLLM_ENV holds {word!r}, which is not KEY=VALUE",
+                hint="write VLLM_ENV as a shell would: A=1 B='two words'",
+                exit_code=Exit.CONFIG,
             )
         env[name] = value
     return env
@@ -60,7 +63,10 @@ def cpu_threads(hardware: Hardware, ranks: int) -> dict[str, str]:
         cpus = list(hardware.cpus)
     if len(cpus) < ranks:
         raise AgentError(
-            "too_few_devices", f"{ranks} ranks need as many CPUs, {len(cpus)} are usable", exit_code=Exit.CONFIG
+            "too_few_devices",
+            f"{ranks} ranks need as many CPUs, {len(cpus)} are usable",
+            hint="lower TENSOR_PARALLEL_SIZE or PIPELINE_PARALLEL_SIZE",
+            exit_code=Exit.CONFIG,
         )
     each = len(cpus) // ranks
     lists = [cpus[i * each : (i + 1) * each if i + 1 < ranks else None] for i in range(ranks)]
