@@ -201,6 +201,8 @@ async def test_a_driver_that_comes_up_after_the_agent(
     hardware = await probe(root=root, affinity=[0], env=env)
     assert (hardware.accelerator, bool(hardware.broken)) == (accelerator, accelerator != "cpu")
     if accelerator == "nvidia":
+        without = await probe(root=root, affinity=[0], env={**env, "NVIDIA_VISIBLE_DEVICES": "none"})
+        assert without.accelerator == "cpu", "a container that was given none"
         cards(nvml, {})
         hardware = await probe(root=root, affinity=[0], env=env)
         assert ([d.index for d in hardware.devices], hardware.broken) == ([0], ())

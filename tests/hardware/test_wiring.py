@@ -1,5 +1,6 @@
 """The agent itself, as a process, on a machine with a driver's library from a script."""
 
+import json
 import os
 import signal
 import subprocess
@@ -79,3 +80,25 @@ def test_what_hides_gpus_from_vllm() -> None:
     assert "CUDA_VISIBLE_DEVICES" not in ours
     assert ours["ROCR_VISIBLE_DEVICES"] == "1"
     assert gpu_environment(Config(vllm_env=("HIP_VISIBLE_DEVICES=2",)), environ)["HIP_VISIBLE_DEVICES"] == "2"
+
+
+def test_plan_names_a_card_that_cannot_be_used(nvml: Machine) -> None:
+    nvml.add(memory_error=15)
+    nvml.write()
+    env = {
+        "HOME": "/nowhere",
+        "PATH": os.defpath,
+        "FAKE_NVML": os.environ["FAKE_NVML"],
+        "LD_LIBRARY_PATH": str(Path(nvml.library._name).parent),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    command = [sys.executable, "-m", "xim_agent", "plan"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)["hardware"]
+    assert (found["accelerator"], found["devices"]) == ("nvidia", [])
+    assert done.stderr.startswith(
+        "GPU 0 (NVIDIA A10, GPU-0000-aaaa, PCI 00000000:01:00.0) cannot be used: GPU is lost; "
+    )
+    asked = {**env, "XEROTIER_AGENT_CUDA_VISIBLE_DEVICES": "-1"}
+    done = subprocess.run(command, env=asked, capture_output=True, text=True, check=True)
+    assert (json.loads(done.stdout)["hardware"]["accelerator"], done.stderr) == ("cpu", "")

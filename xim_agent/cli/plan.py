@@ -69,6 +69,8 @@ def command(model: Path | None, hardware: Path | None, task: "Task | None", as_j
     else:
         with click.open_file(str(hardware), "rb") as file:
             machine = from_document(file.read(), str(hardware))
+    for one in machine.broken:
+        click.echo(f"{one.what}; {one.cure}", err=True)
     if model is None:
         click.echo(json.dumps({"schema": SCHEMA, "hardware": to_document(machine)}, indent=2))
         return

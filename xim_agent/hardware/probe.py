@@ -32,15 +32,22 @@ async def probe(
     /proc cannot be read. Cancellation kills a running tool.
     """
     drivers = drivers or Drivers(env)
+    environ = os.environ if env is None else env
     allowed = os.sched_getaffinity(0) if affinity is None else affinity
     host = await trio.to_thread.run_sync(read_host, root, allowed)
-    nvidia = await drivers.nvidia(await trio.to_thread.run_sync(gpus_on_bus, root, NVIDIA), nvml)
+    on_bus = await trio.to_thread.run_sync(gpus_on_bus, root, NVIDIA)
+    if environ.get("NVIDIA_VISIBLE_DEVICES") in (
+        "none",
+        "void",
+    ):  # a container that has the driver and no GPU, on purpose
+        on_bus = ()
+    nvidia = await drivers.nvidia(on_bus, nvml)
     devices, broken, driver, note = nvidia.devices, nvidia.broken, nvidia.driver, ""
     accelerator: Accelerator = "nvidia"
     if not devices and not broken and await trio.to_thread.run_sync(_has_amd, root, drivers):
         devices, broken, driver, note = await _amd(drivers)
         accelerator = "amd"
-    devices, broken, hidden = usable(devices, broken, accelerator, os.environ if env is None else env)
+    devices, broken, hidden = usable(devices, broken, accelerator, environ)
     return Hardware(
         accelerator=accelerator if devices or broken else "cpu",
         devices=devices,
