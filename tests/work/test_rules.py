@@ -44,6 +44,8 @@ def make_lease(**more: Any) -> Lease:
         ({"headers": {"X-SLO-\n": "a"}}, {}, "invalid_request", False),
         ({"headers": {"x-slo-name": "\u00fc"}}, {}, "invalid_request", False),
         ({"headers": {"x-slo-name": " a"}}, {}, "invalid_request", False),
+        ({"headers": {"x-slo-name": "a\u00fcb"}}, {}, "invalid_request", False),
+        ({"headers": {"x-slo-name": "a\x7fb"}}, {}, "invalid_request", False),
         ({"headers": {"accept": "a" * 8193}}, {}, "invalid_request", False),
         ({"headers": {"accept": "a\tb" + " " * 8000 + "c"}}, {}, None, None),
         ({"headers": {"cookie": "not passed on\r\n"}}, {}, None, None),
