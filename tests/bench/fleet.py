@@ -1,4 +1,18 @@
-"""A fleet on one local router: real calls over real sockets; by hand: `PYTHONPATH=. python tests/bench/fleet.py`."""
+"""A fleet on one local router: real calls over real sockets; by hand: `PYTHONPATH=. python tests/bench/fleet.py`.
+
+The router runs as an operator starts it, in a process of its own; 1,000 agents and their clients are in this one (`own`,
+`own lag`: its CPU, and how late it is, which every time includes). First single calls, beside the waiting fleet: CPU and
+bytes of each, and the sums of larger fleets from them. Then the fleet idle, then with requests whose answers take 2 s in
+ten events calls; `dispatch` is from the client's send to the lease at the agent. `--seconds 300` for the long run,
+`--ramp` doubles the requests until something breaks, `--files 300` shows a router with too few open files.
+
+What breaks first is the router's one core, by events calls and not by polls: an idle agent costs one connection and one
+poll in 25 s, about 1.4 kB; 100,000 of them are 4,000 polls and 6 MB a second, 100,000 connections, and 3 to 4 cores of
+this router's kind, so some processes behind a balancer. But an agent sends each chunk of its only stream in a call of its
+own, of 1.2 kB for 190 bytes: 20 calls a second from each of 1,000 agents are 20,000, for one core about 15 times too many
+here. 64 streams on one agent take no more calls than that one. A router for a fleet must have a cheaper way for events
+than one HTTP/1.1 call each: a connection's headers said once (HTTP/2), or a longer pause between calls, told by the router.
+"""
 
 import argparse
 import json
@@ -11,12 +25,13 @@ import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from fleet_agents import MODEL, Agent, Clients, Load
+from fleet_agents import MODEL, Agent, Clients, Load, Traffic
 
 from xim_agent.identity import jose
 from xim_agent.router import catalog, enrollment
@@ -62,7 +77,7 @@ class RouterProcess:
         words = [sys.executable, *(["-m", "cProfile", "-o", options.profile] if options.profile else [])]
         words += ["-m", "xim_agent", "router", "serve", "--data", str(data), "--listen", f"127.0.0.1:{PORT}"]
         if options.files:
-            words = ["bash", "-c", f'ulimit -Sn {options.files}; exec "$@"', "limited", *words]
+            words = ["bash", "-c", f'ulimit -n {options.files}; exec "$@"', "limited", *words]
         self.log = (data / "router.log").open("w+")
         self._process = subprocess.Popen(words, stderr=self.log, cwd=data)
         self.pid = self._process.pid
@@ -86,8 +101,9 @@ class RouterProcess:
         lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
         return int(next(x for x in lines if x.startswith(what)).split()[1]) / 1024
 
-    def sockets(self) -> int:
-        return sum(str(fd.readlink()).startswith("socket:") for fd in Path(f"/proc/{self.pid}/fd").iterdir())
+    def files(self) -> int:
+        """Open ones: its connections, and about ten."""
+        return sum(1 for _ in Path(f"/proc/{self.pid}/fd").iterdir())
 
     def stop(self) -> None:
         self._process.send_signal(signal.SIGTERM)
@@ -105,7 +121,7 @@ class Row:
     events: float
     requests: float
     rss: float
-    sockets: int
+    files: int
     dispatch: list[float]
     first: list[float]
     lag: list[float]
@@ -117,7 +133,7 @@ class Row:
 
         print(
             f"{self.name:14} {self.cpu:5.2f} {self.own:5.2f} {self.polls:7.0f} {self.events:7.0f} {self.requests:6.0f}"
-            f" {self.rss:5.0f} {self.sockets:6} {ms(self.dispatch)} {ms(self.first)} {ms(self.lag)}  "
+            f" {self.rss:5.0f} {self.files:6} {ms(self.dispatch)} {ms(self.first)} {ms(self.lag)}  "
             + (", ".join(f"{count} x {what}" for what, count in self.failures.items()) or "-"),
             flush=True,
         )
@@ -142,7 +158,7 @@ async def phase(name: str, seconds: float, load: Load, router: RouterProcess) ->
         load.events.calls / took,
         load.done / took,
         router.rss(),
-        router.sockets(),
+        router.files(),
         list(load.dispatch),
         list(load.first),
         list(load.lag),
@@ -153,54 +169,78 @@ async def phase(name: str, seconds: float, load: Load, router: RouterProcess) ->
 
 
 HEAD = (
-    f"{'phase':14} {'CPU':>5} {'own':>5} {'polls/s':>7} {'events/s':>7} {'req/s':>6} {'MiB':>5} {'conns':>6}"
+    f"{'phase':14} {'CPU':>5} {'own':>5} {'polls/s':>7} {'events/s':>7} {'req/s':>6} {'MiB':>5} {'files':>6}"
     f" {'dispatch p50 p99':>14} {'first byte':>14} {'own lag, ms':>14}  failures"
 )
 
 
-async def measure(options: argparse.Namespace, load: Load, router: RouterProcess) -> None:
-    part, count = options.seconds / 4, options.agents
-    print(HEAD)
-    polls = await phase("polls", part, load, router)
-    traffic = replace(load.polls)
-    load.wait_ms = 25_000
-    await trio.sleep(count / options.polls)
-    idle = await phase("idle", part, load, router)
-    load.rate, load.calls = options.rate, 2
-    few = await phase("2 events", part, load, router)
-    load.calls = 10
-    many = await phase("10 events", part, load, router)
+@dataclass(frozen=True)
+class Costs:
+    """Per call: the router's CPU in seconds, and bytes with all headers. `event`: with a chunk to a client."""
+
+    poll: float
+    event: float
+    polls: Traffic
+    events: Traffic
+
+
+async def costs(load: Load, router: RouterProcess, token: str) -> Costs:
+    """One call after the other beside the waiting fleet: figures that hold on a busy machine, too."""
+
+    async def each(call: Callable[[], Awaitable[None]], count: int, poll: float) -> float:
+        await call()
+        load.clear()
+        cpu = router.cpu()
+        for _ in range(count):
+            await call()
+        return (router.cpu() - cpu - load.polls.calls * poll) / count
+
+    agent, clients = Agent(load, 0, token), Clients(load)
+    poll = await each(agent.poll_once, 300, 0.0)
+    poll *= 300 / load.polls.calls  # the fleet's are among them
+    polls = replace(load.polls)
+    event = await each(agent.event_once, 400, poll)
+    events = replace(load.events)
+    load.calls, load.gap = 2, 0.001  # an answer that ends in its first call is no stream
+    request = await each(clients.request, 100, poll)
+    load.calls = 22
+    chunk = (await each(clients.request, 20, poll) - request) / 20
+    found = Costs(poll, chunk, polls, events)
+    print(
+        f"router's CPU: {poll * 1e6:.0f} us per poll, {event * 1e6:.0f} per events call, {chunk * 1e6:.0f} with a chunk"
+    )
+    print(f"to a client, {(request - 2 * chunk) * 1e6:.0f} per request without its poll and events")
+    return found
+
+
+async def measure(options: argparse.Namespace, load: Load, router: RouterProcess, token: str) -> None:
+    found = await costs(load, router, token)
+    sums(found)
+    part = options.seconds / 2
+    print("\n" + HEAD)
+    await phase("idle", part, load, router)
+    load.rate, load.calls, load.gap = options.rate, 10, 0.2
+    await phase(f"{load.rate:.0f} req/s", part, load, router)
     print(f"peak {router.rss('VmHWM'):.0f} MiB")
-    poll = (polls.cpu - idle.cpu) / max(1.0, polls.polls - idle.polls) * 1e6
-    event = (many.cpu - few.cpu) / max(1.0, many.events - few.events) * 1e6
-    request = (few.cpu - idle.cpu) / max(1.0, few.requests) * 1e6 - 2 * event
-    print(f"router's CPU: {poll:.0f} us per poll, {event:.0f} us per events call with its chunk to the client,")
-    print(f"{request:.0f} us per request with its polls and without its events")
-    sums(traffic.up / traffic.calls, traffic.down / traffic.calls, poll, load, event)
     if options.ramp:
         await ramp(options, load, router)
 
 
-def sums(up: float, down: float, poll: float, load: Load, event: float) -> None:
+def sums(found: Costs) -> None:
     """What a router for a fleet must bear, from the bytes and the CPU measured here."""
-    events = load.events
-    e_up, e_down = events.up / max(1, events.calls), events.down / max(1, events.calls)
-    print(f"\nbytes: {up:.0f} + {down:.0f} per poll, {e_up:.0f} + {e_down:.0f} per events call with one chunk")
-    print(
-        f"{'agents':>8} {'each':22} {'conns':>7} {'polls/s':>8} {'events/s':>9} {'MB/s up':>8} {'MB/s down':>9} cores"
-    )
+    polls, events = found.polls, found.events
+    up, down = polls.up / polls.calls, polls.down / polls.calls
+    e_up, e_down = events.up / events.calls, events.down / events.calls
+    print(f"bytes: {up:.0f} + {down:.0f} per poll, {e_up:.0f} + {e_down:.0f} per events call with one chunk")
+    names = f"{'conns':>7} {'polls/s':>7} {'events/s':>9} {'MB/s in':>8} {'out':>7} {'cores':>7}"
+    print(f"\n{'agents':>7} {'each':20} {names}")
     for agents in (1_000, 10_000, 100_000):
-        for each, streams, calls in (
-            ("idle", 0, 0.0),
-            ("1 stream, 20 chunks/s", 1, 20.0),
-            ("busy, 100 calls/s", 64, 100.0),
-        ):
-            asked = agents / 25
-            called = agents * calls
-            row = (asked * up + called * e_up) / 1e6, (asked * down + called * e_down) / 1e6
-            cores = (asked * poll + called * event) / 1e6
-            conns = agents * (1 + (streams > 0))
-            print(f"{agents:8} {each:22} {conns:7} {asked:8.0f} {called:9.0f} {row[0]:8.1f} {row[1]:9.1f} {cores:5.1f}")
+        for each, calls in (("idle", 0.0), ("1 stream, 20 calls/s", 20.0), ("busy, 100 calls/s", 100.0)):
+            asked, called = agents / 25, agents * calls
+            into, out = (asked * up + called * e_up) / 1e6, (asked * down + called * e_down) / 1e6
+            cores = asked * found.poll + called * found.event
+            conns = agents * (2 if calls else 1)
+            print(f"{agents:7} {each:20} {conns:7} {asked:7.0f} {called:9.0f} {into:8.1f} {out:7.1f} {cores:7.1f}")
 
 
 async def ramp(options: argparse.Namespace, load: Load, router: RouterProcess) -> None:
@@ -219,9 +259,9 @@ async def ramp(options: argparse.Namespace, load: Load, router: RouterProcess) -
 
 async def run(options: argparse.Namespace, data: Path) -> None:
     began = time.perf_counter()
-    tokens, key = prepare(data, options.agents)
+    (spare, *tokens), key = prepare(data, options.agents + 1)
     print(f"{options.agents} agents enrolled in {time.perf_counter() - began:.1f} s", flush=True)
-    load = Load("127.0.0.1", PORT, key, wait_ms=max(1000, int(options.agents / options.polls * 1000)))
+    load = Load("127.0.0.1", PORT, key)
     router = RouterProcess(data, options)
     try:
         await router.ready()
@@ -230,13 +270,13 @@ async def run(options: argparse.Namespace, data: Path) -> None:
         with trio.move_on_after(options.seconds * 3 + 200):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(load.watch_lag)
-                for number, token in enumerate(tokens):
+                for number, token in enumerate(tokens, 1):
                     nursery.start_soon(Agent(load, number, token).run)
                 await load.all_polled(options.agents)
                 spent = (router.cpu() - start) / options.agents * 1e6
                 print(f"first polls: {spent:.0f} us of CPU each, their connection included; {load.failures or ''}")
                 nursery.start_soon(Clients(load).run)
-                await measure(options, load, router)
+                await measure(options, load, router, spare)
                 nursery.cancel_scope.cancel()
     finally:
         router.stop()
@@ -248,13 +288,13 @@ async def run(options: argparse.Namespace, data: Path) -> None:
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__)
     parse.add_argument("--agents", type=int, default=1000)
-    parse.add_argument("--seconds", type=float, default=60, help="of measuring, in four parts")
+    parse.add_argument("--seconds", type=float, default=60, help="of the two phases together")
     parse.add_argument("--rate", type=float, default=40, help="requests per second")
-    parse.add_argument("--polls", type=float, default=300, help="polls per second in the part that measures them")
-    parse.add_argument("--files", type=int, help="soft limit of open files of the router")
+    parse.add_argument("--files", type=int, help="limit of open files of the router")
     parse.add_argument("--ramp", action="store_true", help="raise the load until something breaks")
     parse.add_argument("--profile", help="write the router's cProfile there")
     options = parse.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the router must not be left behind
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with tempfile.TemporaryDirectory() as scratch:

@@ -156,10 +156,19 @@ class Agent:
                     self._held.add(lease["id"])
                     nursery.start_soon(self._serve, lease["id"])
 
-    def _poll(self) -> bytes:
+    async def poll_once(self) -> None:
+        """For who measures single calls, instead of `run`."""
+        await self._polls.call("/v1/work/poll", self._poll(1), self._load.polls)
+
+    async def event_once(self) -> None:
+        """Of a lease that the router does not know: all there is to such a call but the chunk's way to a client."""
+        body = _encode({"boot": self._boot, "frames": [[1, 0, "data", PIECE]]})
+        await self._events.call("/v1/work/events", body, self._load.events)
+
+    def _poll(self, wait_ms: int = 0) -> bytes:
         self._n += 1
-        held, wait_ms = len(self._held), self._load.wait_ms
-        if self._n > 1 and wait_ms != self._wait_ms:  # the first poll is answered at once; then they spread
+        held, wait_ms = len(self._held), wait_ms or self._load.wait_ms
+        if self._n > 1 and wait_ms > max(1, self._wait_ms):  # the first poll is answered at once; then they spread
             self._wait_ms, wait_ms = wait_ms, random.randrange(wait_ms)
         return _encode(
             {
@@ -212,11 +221,11 @@ class Clients:
             while True:
                 if self._load.rate:
                     await trio.sleep(random.expovariate(self._load.rate))
-                    nursery.start_soon(self._request)
+                    nursery.start_soon(self.request)
                 else:
                     await trio.sleep(0.1)
 
-    async def _request(self) -> None:
+    async def request(self) -> None:
         load = self._load
         headers = {"authorization": f"Bearer {load.key}", "content-type": "application/json"}
         wire = self._idle.pop() if self._idle else Wire(load, headers)

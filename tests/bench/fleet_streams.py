@@ -6,6 +6,7 @@ the agent, with the lag of this process.
 """
 
 import argparse
+import signal
 import statistics
 import sys
 import tempfile
@@ -102,6 +103,7 @@ async def run(streams: int, seconds: float, profile: str | None, data: Path) -> 
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the router must not be left behind
     words = sys.argv[1:]
     streams, seconds = int(words[0]) if words else 128, float(words[1]) if words[1:] else 10.0
     with tempfile.TemporaryDirectory() as scratch:

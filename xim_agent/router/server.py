@@ -70,8 +70,11 @@ class Server:
         """Not for every caller: those that are refused come back every few seconds."""
         if trio.current_time() - self._warned >= WARN_SECONDS:
             self._warned = trio.current_time()
-            hint = "raise the limit on open files: LimitNOFILE= of systemd, --ulimit nofile= of docker, `ulimit -Hn`"
-            log.warning("connections are refused: as many are open as may be", extra={"open": self._open, "hint": hint})
+            log.warning(
+                "connections are refused: %d are open, as many as the limit on open files allows; raise it by"
+                " LimitNOFILE= (systemd), --ulimit nofile= (docker) or `ulimit -n`",
+                self._open,
+            )
 
 
 def raise_file_limit() -> None:
