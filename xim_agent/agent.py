@@ -27,6 +27,12 @@ log = logging.getLogger("xim_agent")
 FLUSH_SECONDS = 5.0
 # SIGTERM to the API server, 10 s, SIGKILL to all of the tree, 5 s.
 ENGINE_STOP_SECONDS = 15.0
+ANNOUNCE_SECONDS = 5.0
+
+
+def longest_stop(drain_seconds: float) -> float:
+    """Seconds from the signal to the end of the process, at most: what a supervisor has to wait before it kills."""
+    return drain_seconds + ANNOUNCE_SECONDS + FLUSH_SECONDS + ENGINE_STOP_SECONDS
 
 
 class Service(Protocol):

@@ -13,6 +13,7 @@ _COMMANDS = {
     "run": "Serve models as a worker of a router; enrolls first when there is no credential",
     "enroll": "Enroll with a join key and exit",
     "leave": "Deregister this agent at the router and set its credential aside",
+    "doctor": "Look for what would keep the agent from working here, with a cure for each",
     "plan": "Print how vLLM would be started for a model, and the sum behind every number",
     "cache": "The model cache: ls, verify, rm, prune, path",
     "local": "Router and agent in one process, for a try-out without an account",

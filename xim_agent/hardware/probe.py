@@ -28,11 +28,12 @@ async def probe(
     """Never fails for want of a GPU; what a driver or tool said instead is in `notes`. About 50 ms without AMD.
 
     GPUs that variables of `env` hide from vLLM are left out; AMD's tools run with it too. `root`, `affinity`, `nvml`
-    stand in for the machine in tests. Raises OSError when /proc cannot be read. Cancellation kills a running tool.
+    stand in for the machine in tests. Raises OSError when /proc cannot be read. Cancellation kills a running tool,
+    and leaves a driver that hangs to its thread.
     """
     allowed = os.sched_getaffinity(0) if affinity is None else affinity
     host = await trio.to_thread.run_sync(read_host, root, allowed)
-    nvidia = await trio.to_thread.run_sync(read_nvidia, nvml)
+    nvidia = await trio.to_thread.run_sync(read_nvidia, nvml, abandon_on_cancel=True)
     devices, driver, notes = nvidia.devices, nvidia.driver, list(nvidia.notes)
     accelerator: Accelerator = "nvidia" if devices else "cpu"
     if not devices and (root / "sys/class/kfd/kfd/topology").exists():
