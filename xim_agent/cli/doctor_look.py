@@ -199,6 +199,8 @@ class Looks:
 
     def _vllm(self, hardware: Hardware) -> Finding:
         config = self.config
+        if kernel.holder(self.root, config.config_path / LOCK):  # what the running engine holds is held by right
+            hardware = machine.idle(hardware)
         try:
             program = launcher.find(config.vllm_path, self.environ)
             runtime = expected_runtime_directory(config.config_path, self.environ)

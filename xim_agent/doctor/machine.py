@@ -27,6 +27,12 @@ def chosen(hardware: Hardware, config: Config) -> Hardware:
     return replace(hardware, devices=devices, notes=(*hardware.notes, *filter(None, [hidden])))
 
 
+def idle(hardware: Hardware) -> Hardware:
+    """With all memory of the GPUs free."""
+    devices = tuple(replace(device, memory_free_bytes=device.memory_total_bytes) for device in hardware.devices)
+    return replace(hardware, devices=devices)
+
+
 def gpu(hardware: Hardware, config: Config, lost: Sequence[tuple[str, str]]) -> Finding:
     """NVIDIA's. `lost`: what a closer look at the cards that the engine would use says, with cures."""
     if hardware.accelerator == "amd":
@@ -77,29 +83,29 @@ def shm(hardware: Hardware, config: Config) -> Finding:
     """Shared memory holds what evicted KV blocks are offloaded to, and what several ranks exchange."""
     size, ranks = hardware.shm_bytes, _ranks(config)
     exchange = NCCL_SHM if ranks > 1 else 0
-    told = None if config.kv_offload_size_gb is None else int(config.kv_offload_size_gb * 10**9)
     lowered: list[str] = []
-    offload = 0
-    if config.kv_cache_backend != "none" and config.auto_config:
-        offload = host_offload(hardware, Wishes(offload_bytes=told), lowered)
-    elif config.kv_cache_backend != "none" and hardware.accelerator != "cpu":
-        offload = told or 0
-    has = f"{SHM} has {size / GIB:.1f} GiB"
+    offload = _offload(replace(hardware, shm_bytes=hardware.memory_bytes), config, lowered)
+    parts = [f"{offload / GIB:.1f} for KV offload"] if offload else []
+    parts += [f"{exchange / GIB:.1f} for {ranks} ranks"] if exchange else []
+    has, wants = f"{SHM} has {size / GIB:.1f} GiB", f"of use are {' and '.join(parts)}" if parts else "none is needed"
+    larger, smaller = _larger(max(GIB, offload + exchange)), "set KV_OFFLOAD_SIZE_GB lower"
     if not size:
-        return failure("shm", f"there is no {SHM}", _larger(max(GIB, exchange + offload)))
+        return failure("shm", f"there is no {SHM}; {wants}", larger)
     if size < exchange or (not config.auto_config and size < offload + exchange):
-        text = f"{has}, {(exchange + offload) / GIB:.1f} are needed for {ranks} GPUs and the KV offload"
-        return failure("shm", text, _larger(exchange + offload))
-    if lowered:
-        wanted = hardware.memory_bytes // 4 if told is None else told
-        return warning("shm", f"{has}: {lowered[0]}", f"{_larger(wanted + exchange)}, or set KV_OFFLOAD_SIZE_GB lower")
+        return failure("shm", f"{has}, that is too little: {wants}", larger)
     if size < offload + exchange:
-        text = f"{has}; KV offload takes {offload / GIB:.1f} of it and leaves too little for what {ranks} GPUs exchange"
-        return warning("shm", text, f"{_larger(offload + exchange)}, or set KV_OFFLOAD_SIZE_GB lower")
-    parts = [f"{offload / GIB:.1f} for KV offload"] * bool(offload) + [f"{exchange / GIB:.1f} for {ranks} ranks"] * (
-        ranks > 1
-    )
-    return ok("shm", f"{has}; of use are {' and '.join(parts)}" if parts else f"{has}; the plan needs none of it")
+        return warning("shm", f"{has}, so that KV offload is lowered: {wants}", f"{larger}, or {smaller}")
+    if lowered:
+        return warning("shm", f"{has}; {lowered[0]}", smaller)
+    return ok("shm", f"{has}; {wants}")
+
+
+def _offload(hardware: Hardware, config: Config, lowered: list[str]) -> int:
+    """Bytes, as far as host memory allows them. `lowered` gains a sentence when that is less than was asked for."""
+    told = None if config.kv_offload_size_gb is None else int(config.kv_offload_size_gb * 10**9)
+    if config.kv_cache_backend == "none" or hardware.accelerator == "cpu":
+        return 0
+    return host_offload(hardware, Wishes(offload_bytes=told), lowered) if config.auto_config else told or 0
 
 
 def _larger(size: int) -> str:

@@ -79,7 +79,7 @@ def sockets(engine: Path | None, places: Sequence[Path], fits: Callable[[Path], 
         rename = "set XEROTIER_AGENT_VLLM_SOCKET_PATH to a short path in a writable directory"
         if (size := len(os.fsencode(engine))) > longest:
             return failure("sockets", f"the socket path {engine} has {size} bytes, {longest} are possible", rename)
-        if why := _unusable(engine.parent):
+        if why := why_unwritable(engine.parent):  # vLLM makes no directory
             return failure("sockets", f"there can be no socket {engine}: {why}", rename)
     wrong = {
         place: _unusable(place) if fits(place) else f"it leaves no room for names in {longest} bytes"
@@ -91,7 +91,7 @@ def sockets(engine: Path | None, places: Sequence[Path], fits: Callable[[Path], 
         cure = "set XDG_RUNTIME_DIR or RUNTIME_DIRECTORY to a short, writable directory"
         return failure("sockets", text, cure, Exit.STATE)
     if wrong[chosen]:  # the agent does not go on to the next one then: that a stranger was there first is no accident
-        cure = f"remove it, or set RUNTIME_DIRECTORY to a directory of uid {os.getuid()}"
+        cure = f"remove it, or set RUNTIME_DIRECTORY to a directory of uid {os.geteuid()}"
         return failure("sockets", f"{chosen}: {wrong[chosen]}", cure, Exit.STATE)
     if chosen != places[0]:
         text = f"{places[0]}: {wrong[places[0]]}; {chosen} is used instead"
@@ -108,8 +108,8 @@ def _unusable(directory: Path) -> str:
         info = directory.lstat()
     except OSError as error:
         return error.strerror or str(error)
-    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid():
-        return f"{_FOREIGN} uid {info.st_uid}, not to {os.getuid()}"
+    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid():
+        return f"{_FOREIGN} uid {info.st_uid}, not to {os.geteuid()}"
     return why_unwritable(directory)
 
 
