@@ -154,7 +154,8 @@ async def test_what_hangs_becomes_a_failure_and_holds_nothing_up() -> None:
     async def hang() -> Sequence[Finding]:
         await trio.sleep_forever()
 
-    await looks.within(("state", "credential"), 0.01, hang)
+    with trio.fail_after(5):
+        await looks.within(("state", "credential"), 0.01, hang)
     found = looks.findings["credential"]
     assert (found.status, found.exit_code) == ("failure", Exit.STATE)
     assert "had no end within" in found.text

@@ -64,12 +64,12 @@ def test_a_missing_check_is_a_bug() -> None:
 
 def test_people_get_one_screen_with_the_cure_below_its_failure() -> None:
     shown = lines(
-        changed(skipped("gpu", "no\ncard\x1b[2J"), warning("files", "few", "more"), failure("vllm", "no", "x"))
+        changed(skipped("gpu", "no\ncard\x1b[2J"), warning("files", "few", "more"), failure("vllm", "n\ro", "x\x1b"))
     )
     assert len(shown) <= 24
     assert shown[:2] == ["ok    configuration  fine", "ok    state          fine"]
-    assert [line.split() for line in shown if "cure" in line] == [["cure:", "x"], ["cure:", "more"]]
-    assert shown[shown.index("FAIL  vllm           no") + 1] == "                     cure: x"
+    assert [line.split() for line in shown if "cure" in line] == [["cure:", "x?"], ["cure:", "more"]]
+    assert shown[shown.index("FAIL  vllm           n o") + 1] == "                     cure: x?"
     assert shown[-3] == "-     gpu            no card?[2J", "what does not apply comes last, and moves no cursor"
     assert shown[-1] == "1 warning, 1 failure"
 
