@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -96,9 +97,12 @@ async def test_wrong_settings_do_not_end_the_look(home: Path) -> None:
 
 
 async def test_a_setting_that_nobody_knows_is_a_warning(home: Path) -> None:
-    found = by_name(await doctor(home, "--json", XEROTIER_AGENT_MAX_MODEL_LENGTH="5"))["configuration"]
+    odd = home / "xjk_slug_c2VjcmV0c2VjcmV0"
+    checks = by_name(await doctor(home, "--json", "--model-cache-path", odd, XEROTIER_AGENT_MAX_MODEL_LENGTH="5"))
+    found = checks["configuration"]
     assert (found["status"], found["exit_code"]) == ("warning", 0)
     assert "did you mean XEROTIER_AGENT_MAX_MODEL_LEN?" in found["text"]
+    assert f"{home}/***: 0.0 GB of 100.0 GB used" in checks["cache"]["text"], "what looks like a key is not shown"
 
 
 def config(home: Path, **settings: Any) -> Config:
@@ -122,8 +126,44 @@ def test_a_running_agent_is_told_and_is_no_fault(home: Path) -> None:
     with StateStore.open(home / "state"):
         found = looked(config(home))
     assert (found["agent"].status, f"with pid {os.getpid()}" in found["agent"].text) == ("ok", True)
-    assert "(of the running agent)" in found["files"].text
     assert "(of this shell)" in looked(config(home))["files"].text
+
+
+HOLD = """
+import resource, sys, pathlib
+from xim_agent.identity.store import StateStore
+resource.setrlimit(resource.RLIMIT_NOFILE, (99, 99))
+with StateStore.open(pathlib.Path(sys.argv[1])):
+    print(flush=True)
+    input()
+"""
+
+
+def test_the_limits_are_those_of_the_running_agent(home: Path) -> None:
+    command = [sys.executable, "-c", HOLD, str(home / "state")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout
+        other.stdout.readline()
+        found = looked(config(home))["files"]
+        other.communicate(b"\n")
+    assert (found.status, found.exit_code) == ("failure", Exit.CONFIG)
+    assert found.text.startswith("99 open files, at most 99 (of the running agent)")
+
+
+async def test_a_router_of_another_protocol(home: Path, nursery: trio.Nursery) -> None:
+    async def answer(stream: trio.SocketStream) -> None:
+        async with stream:
+            await stream.receive_some()
+            body = '{"code": "protocol_unsupported", "protocols": [2]}'
+            await stream.send_all(f"HTTP/1.1 426 Upgrade\r\ncontent-length: {len(body)}\r\n\r\n{body}".encode())
+
+    [listener] = await nursery.start(partial(trio.serve_tcp, answer, 0, host="127.0.0.1"))
+    url = f"http://127.0.0.1:{listener.socket.getsockname()[1]}"
+    looks = Looks(config(home, router_url=url), {})
+    await looks.within(("state", "credential"), 5, looks.of_identity)
+    found = (await looks.of_routers())[0]
+    assert (found.status, found.exit_code) == ("failure", Exit.PROTOCOL)
+    assert found.text == f"{url}: DNS, TCP good, protocol failed: this agent speaks protocol 1, the router [2]"
 
 
 def test_a_key_or_a_router_that_is_malformed(home: Path) -> None:
@@ -173,8 +213,18 @@ def test_a_driver_that_hangs(home: Path, nvml: Machine, monkeypatch: pytest.Monk
     nvml.add()
     nvml.hang = True
     nvml.write()
+    waited_for = threading.Event()
+
+    def end() -> None:
+        waited_for.set()
+        nvml.hang = False
+        nvml.write()
+
+    late = threading.Timer(10, end)
+    late.start()
     found = looked(config(home))
-    nvml.hang = False
-    nvml.write()
+    late.cancel()
+    assert not waited_for.is_set()
+    end()
     assert {found[name].status for name in ("gpu", "amd", "shm", "vllm")} == {"failure"}
     assert found["sockets"].status == "ok"
