@@ -22,6 +22,7 @@ PURE = {
     *("work.lease", "work.batch", "work.outbox", "work.capacity"),
     *("mesh.messages", "mesh.codec", "mesh.trace", "metrics.names"),
     *("router.tokens", "router.dispatch"),
+    *("doctor.report", "doctor.identity", "doctor.network", "doctor.machine"),
 }
 IMPURE_STDLIB = {
     *("asyncio", "concurrent", "fcntl", "ftplib", "glob", "http", "logging", "mmap", "multiprocessing", "os"),
@@ -52,7 +53,7 @@ SHARED = {"errors", "outcome", "backoff", "clock", "watch", "health", "files", "
 WIRING = {"agent", "assemble", "outside", "__main__"}
 NURSERIES = {
     *("agent", "cli.local", "cli.router", "cli.run", "engine.process", "cache.download", "cache.service"),
-    *("work.sender", "metrics.server", "control.server", "router.app"),
+    *("work.sender", "metrics.server", "control.server", "router.app", "cli.doctor_look"),
 }
 FORK = {"engine.guard"}
 GUARDS = {"work.request", "cli.render", "router.server", "engine.streams"}

@@ -86,10 +86,16 @@ def check_format(path: Path) -> None:
     data = tree.read(path, 4096)
     if data is None:
         tree.publish(path, FORMAT.encode(), 0o640)
-    elif (found := data.decode(errors="replace").strip()) != FORMAT:
+    else:
+        known_format(path.parent, data)
+
+
+def known_format(root: Path, data: bytes) -> None:
+    """`data`: of the mark. Raises AgentError `cache_format`."""
+    if (found := data.decode(errors="replace").strip()) != FORMAT:
         raise AgentError(
             "cache_format",
-            f"{path.parent} has the cache format {found[:20]!r}, this agent knows {FORMAT}",
+            f"{root} has the cache format {found[:20]!r}, this agent knows {FORMAT}",
             hint="use another XEROTIER_AGENT_MODEL_CACHE_PATH or a newer agent",
             exit_code=Exit.STATE,
         )

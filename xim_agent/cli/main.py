@@ -16,6 +16,7 @@ _COMMANDS = {
     "status": "How the running agent is, and why it is idle",
     "drain": "Have the running agent take no more requests, and wait until none runs",
     "resume": "Have it take requests again",
+    "doctor": "Look for what would keep the agent from working here, with a cure for each",
     "plan": "Print how vLLM would be started for a model, and the sum behind every number",
     "cache": "The model cache: ls, verify, rm, prune, path",
     "local": "Router and agent in one process, for a try-out without an account",

@@ -20,7 +20,8 @@ def control_name(cache: Path) -> str:
     return f"control-{hashlib.sha256(f'{info.st_dev}:{info.st_ino}'.encode()).hexdigest()[:8]}.sock"
 
 
-def _places(config_path: Path, environ: Mapping[str, str]) -> list[Path]:
+def runtime_places(config_path: Path, environ: Mapping[str, str]) -> list[Path]:
+    """Where the runtime directory may be, in the order in which it is looked for."""
     own = hashlib.sha256(str(config_path.absolute()).encode()).hexdigest()[:12]
     places = []
     if given := environ.get("RUNTIME_DIRECTORY", "").split(":")[0]:
@@ -30,13 +31,13 @@ def _places(config_path: Path, environ: Mapping[str, str]) -> list[Path]:
     return [*places, config_path.absolute() / "run", Path("/tmp") / f"xerotier-{os.getuid()}-{own}"]  # noqa: S108
 
 
-def _short(place: Path) -> bool:
+def short_enough(place: Path) -> bool:
     return len(os.fsencode(place)) + _LONGEST_NAME <= MAX_SOCKET_PATH
 
 
 def expected_runtime_directory(config_path: Path, environ: Mapping[str, str]) -> Path:
     """What `runtime_directory` gives when each place can be used; nothing is made."""
-    return next(filter(_short, _places(config_path, environ)))
+    return next(filter(short_enough, runtime_places(config_path, environ)))
 
 
 def runtime_directory(config_path: Path, environ: Mapping[str, str]) -> Path:
@@ -44,8 +45,8 @@ def runtime_directory(config_path: Path, environ: Mapping[str, str]) -> Path:
 
     Raises AgentError (exit 77) when a place exists but belongs to somebody else.
     """
-    places = _places(config_path, environ)
-    for place in filter(_short, places):
+    places = runtime_places(config_path, environ)
+    for place in filter(short_enough, places):
         try:
             place.mkdir(mode=0o700, parents=True, exist_ok=True)
             found = place.lstat()

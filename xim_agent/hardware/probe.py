@@ -29,17 +29,14 @@ async def probe(
 
     GPUs that variables of `env` hide from vLLM are left out; AMD's tools run with it too. `drivers`: for the next call
     to know what hung in this one. `root`, `affinity`, `nvml` stand in for the machine in tests. Raises OSError when
-    /proc cannot be read. Cancellation kills a running tool.
+    /proc cannot be read. Cancellation kills a running tool, and leaves a driver that hangs to its thread.
     """
     drivers = drivers or Drivers(env)
     environ = os.environ if env is None else env
     allowed = os.sched_getaffinity(0) if affinity is None else affinity
     host = await trio.to_thread.run_sync(read_host, root, allowed)
     on_bus = await trio.to_thread.run_sync(gpus_on_bus, root, NVIDIA)
-    if environ.get("NVIDIA_VISIBLE_DEVICES") in (
-        "none",
-        "void",
-    ):  # a container that has the driver and no GPU, on purpose
+    if environ.get("NVIDIA_VISIBLE_DEVICES") in ("none", "void"):  # a container without a GPU, on purpose
         on_bus = ()
     nvidia = await drivers.nvidia(on_bus, nvml)
     devices, broken, driver, note = nvidia.devices, nvidia.broken, nvidia.driver, ""

@@ -8,7 +8,7 @@ from xim_agent.identity.claims import TokenRefused
 from xim_agent.outcome import NOT_A_ROUTER, SKEW_SECONDS, Action, RouterError
 from xim_agent.text import printable
 
-_SET_CLOCK = "set this machine's clock: start chrony or ntpd, see `timedatectl`"
+SET_CLOCK = "set this machine's clock: start chrony or ntpd, see `timedatectl`"
 
 _NEW_KEY = "create a new join key at the router and set XEROTIER_AGENT_JOIN_KEY"
 _JOIN_KEY = {
@@ -45,7 +45,7 @@ def explain(error: RouterError) -> AgentError:
         return AgentError(error.code, message, hint=hint, exit_code=Exit.CONFIG)
     if error.action is Action.CLOCK and clock_is_off(error.date_skew):
         message = f"{error.message}; {clock_text(error.date_skew)}"
-        return AgentError(error.code, message, hint=_SET_CLOCK, exit_code=Exit.NO_ROUTER)
+        return AgentError(error.code, message, hint=SET_CLOCK, exit_code=Exit.NO_ROUTER)
     if error.action is Action.FINAL:
         return AgentError(error.code, error.message, hint=error.hint or NOT_A_ROUTER, exit_code=Exit.CONFIG)
     code = Exit.NO_ROUTER if error.action in TRANSIENT else error.exit_code
@@ -81,7 +81,7 @@ def clock_text(skew: float | None) -> str:
 
 def wrong_times(error: TokenRefused, skew: float | None) -> TokenRefused:
     """A refusal because of times alone, with the cause in it."""
-    hint = _SET_CLOCK if skew is None or clock_is_off(skew) else "the router's operator must set its clock"
+    hint = SET_CLOCK if skew is None or clock_is_off(skew) else "the router's operator must set its clock"
     return TokenRefused(error.code, error.what, f"{error.reason}; {clock_text(skew)}", clock=True, hint=hint)
 
 

@@ -62,6 +62,22 @@ class StateStore:
         except OSError as error:
             raise _unusable("state_unreadable", f"cannot use {directory}", directory, error) from None
 
+    @classmethod
+    def look(cls, directory: Path) -> State | None:
+        """What is there; nothing is made or locked. A directory that is missing holds no state.
+
+        Raises AgentError as `open` and `load`, but for the lock.
+        """
+        try:
+            _check(directory, directory.stat(), "700")
+            if not directory.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, "it is no directory", str(directory))
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise _unusable("state_unreadable", f"cannot use {directory}", directory, error) from None
+        return cls(directory, -1).load()
+
     def close(self) -> None:
         if self.lock >= 0:
             os.close(self.lock)
