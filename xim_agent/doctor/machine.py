@@ -8,7 +8,7 @@ from xim_agent.config.fields import Config
 from xim_agent.doctor.report import Finding, failure, ok, skipped, warning, worst
 from xim_agent.engine.budget import GIB, Wishes, host_offload
 from xim_agent.hardware.report import Hardware
-from xim_agent.hardware.visible import visible
+from xim_agent.hardware.visible import usable
 
 OLDEST_DRIVER = 535  # the first with CUDA 12.2, and the oldest branch of NVIDIA's that container images still count on
 SHM = "/dev/shm"  # noqa: S108
@@ -23,8 +23,8 @@ def chosen(hardware: Hardware, config: Config) -> Hardware:
     if config.cuda_visible_devices is None or hardware.accelerator == "cpu":
         return hardware
     selection = {"CUDA_VISIBLE_DEVICES": config.cuda_visible_devices}
-    devices, hidden = visible(hardware.devices, hardware.accelerator, selection)
-    return replace(hardware, devices=devices, notes=(*hardware.notes, *filter(None, [hidden])))
+    devices, broken, hidden = usable(hardware.devices, hardware.broken, hardware.accelerator, selection)
+    return replace(hardware, devices=devices, broken=broken, notes=(*hardware.notes, *filter(None, [hidden])))
 
 
 def idle(hardware: Hardware) -> Hardware:
@@ -37,7 +37,6 @@ def gpu(hardware: Hardware, config: Config, lost: Sequence[tuple[str, str]]) -> 
     """NVIDIA's. `lost`: what a closer look at the cards that the engine would use says, with cures."""
     if hardware.accelerator == "amd":
         return skipped("gpu", "no NVIDIA GPU; see amd")
-    ranks = _ranks(config)
     notes = list(hardware.notes)
     if hardware.accelerator == "cpu":
         if notes:
@@ -45,9 +44,7 @@ def gpu(hardware: Hardware, config: Config, lost: Sequence[tuple[str, str]]) -> 
             return failure("gpu", text, "repair what it names; nvidia-smi and dmesg tell more")
         return skipped("gpu", "no NVIDIA driver here: vLLM runs on the CPU")
     found = [failure("gpu", what, cure) for what, cure in lost]
-    if len(hardware.devices) < ranks and config.distributed_backend != "ray":
-        text = f"{ranks} GPUs are wanted (tensor x pipeline parallel), {len(hardware.devices)} can be used"
-        found.append(failure("gpu", text, "lower TENSOR_PARALLEL_SIZE or PIPELINE_PARALLEL_SIZE"))
+    found += _broken_or_few("gpu", hardware, config)
     found += [warning("gpu", note, "repair it; the engine runs on the others") for note in notes]
     if 0 < driver_branch(hardware.driver) < OLDEST_DRIVER:
         found.append(warning("gpu", f"the NVIDIA driver {hardware.driver} is older than {OLDEST_DRIVER}", _DRIVER))
@@ -73,10 +70,19 @@ def amd(hardware: Hardware, config: Config, present: bool, opened: bool) -> Find
     if hardware.accelerator != "amd":
         why = "; ".join(hardware.notes) or "neither amd-smi nor rocm-smi names one"
         return failure("amd", f"no AMD GPU can be used: {why}", "install ROCm's amd-smi, and look at dmesg")
-    if len(hardware.devices) < _ranks(config) and config.distributed_backend != "ray":
-        text = f"{_ranks(config)} GPUs are wanted (tensor x pipeline parallel), {len(hardware.devices)} can be used"
-        return failure("amd", text, "lower TENSOR_PARALLEL_SIZE or PIPELINE_PARALLEL_SIZE")
-    return ok("amd", f"{_names(hardware)}, driver {hardware.driver or '?'}")
+    found = _broken_or_few("amd", hardware, config)
+    return worst("amd", found or [ok("amd", f"{_names(hardware)}, driver {hardware.driver or '?'}")])
+
+
+def _broken_or_few(check: str, hardware: Hardware, config: Config) -> list[Finding]:
+    """Broken ones are a failure where the others are too few for the engine."""
+    ranks, here = _ranks(config), len(hardware.devices)
+    few = here < (1 if config.distributed_backend == "ray" else ranks)
+    found = [(failure if few else warning)(check, card.what, card.cure) for card in hardware.broken]
+    if few and (here or not found):
+        text = f"{ranks} GPUs are wanted (tensor x pipeline parallel), {here} can be used"
+        found.append(failure(check, text, "lower TENSOR_PARALLEL_SIZE or PIPELINE_PARALLEL_SIZE"))
+    return found
 
 
 def shm(hardware: Hardware, config: Config) -> Finding:

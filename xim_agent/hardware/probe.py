@@ -36,8 +36,8 @@ async def probe(
     allowed = os.sched_getaffinity(0) if affinity is None else affinity
     host = await trio.to_thread.run_sync(read_host, root, allowed)
     on_bus = await trio.to_thread.run_sync(gpus_on_bus, root, NVIDIA)
-    if environ.get("NVIDIA_VISIBLE_DEVICES") in ("none", "void"):  # a container without a GPU, on purpose
-        on_bus = ()
+    if environ.get("NVIDIA_VISIBLE_DEVICES") in ("none", "void"):
+        on_bus = ()  # a container that has the driver and no GPU, on purpose
     nvidia = await drivers.nvidia(on_bus, nvml)
     devices, broken, driver, note = nvidia.devices, nvidia.broken, nvidia.driver, ""
     accelerator: Accelerator = "nvidia"
