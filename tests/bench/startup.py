@@ -40,7 +40,7 @@ def seconds(command: list[str]) -> float:
     return time.perf_counter() - start
 
 
-def pairs(ours: list[str], base: list[str], rounds: int = 15) -> list[tuple[float, float]]:
+def pairs(ours: list[str], base: list[str], rounds: int = 9) -> list[tuple[float, float]]:
     """Wall times; the first round, which fills the page cache, is not counted."""
     return [(seconds(ours), seconds(base)) for _ in range(rounds + 1)][1:]
 
