@@ -45,6 +45,14 @@ def agent_exe() -> Path:
     return Path(_made("XIM_TEST_EXE"))
 
 
+@pytest.fixture(scope="session")
+def agent_onedir(agent_exe: Path) -> Path:
+    """The same as one directory, beside it."""
+    path = agent_exe.parent / "onedir" / agent_exe.name
+    assert path.exists(), f"{path} does not exist: run ./build/test"
+    return path
+
+
 @pytest.fixture
 def free_port() -> int:
     """A loopback port that was free a moment ago."""

@@ -1,12 +1,18 @@
-"""Licences of the bundled distributions, read from their metadata."""
+"""Licences of what the program is made of: distributions tell their own; the rest was noted when it was frozen."""
 
+import json
 from importlib.metadata import Distribution, distributions
+from pathlib import Path
 from typing import Any
 
 import click
 
+NOTED = Path(__file__).parent / "components.json"
+"""Written by build/components.py; there in the frozen program only."""
 
-def _licence(dist: Distribution) -> str:
+
+def licence_of(dist: Distribution) -> str:
+    """An SPDX expression, or what the distribution says in its own words."""
     meta: Any = dist.metadata
     if expression := meta.get("License-Expression"):
         return str(expression)
@@ -16,8 +22,13 @@ def _licence(dist: Distribution) -> str:
 
 @click.command("licenses", help="Print the licences of everything in this program")
 def command() -> None:
+    for part in json.loads(NOTED.read_text()) if NOTED.exists() else []:
+        inside = f" (inside of {part['part_of']})" if part["part_of"] else ""
+        click.echo(" ".join(f"## {part['name']} {part['version']}".split()) + f": {part['licence']}{inside}")
+        if part["text"]:
+            click.echo(f"\n{part['text'].strip()}\n")
     for dist in sorted(distributions(), key=lambda d: d.name.lower()):
-        click.echo(f"## {dist.name} {dist.version}: {_licence(dist)}")
+        click.echo(f"## {dist.name} {dist.version}: {licence_of(dist)}")
         for file in dist.files or []:
             if any(word in file.name.upper() for word in ("LICENSE", "LICENCE", "NOTICE", "COPYING")):
                 try:

@@ -1,0 +1,64 @@
+"""The executable's software bill of materials: CycloneDX 1.6 as JSON, the same bytes for the same executable."""
+
+import hashlib
+import json
+import uuid
+from pathlib import Path
+from typing import Any
+
+NAME = "xerotier-xim-agent"
+
+
+def _licences(licence: str) -> list[dict[str, Any]]:
+    if not licence:
+        return []
+    # An SPDX expression has no spaces but around its operators; else it is what a package says in its own words.
+    words = licence.replace("(", " ").replace(")", " ").split()
+    spdx = all((w in ("AND", "OR", "WITH")) == bool(i % 2) for i, w in enumerate(words)) and "," not in licence
+    return [{"expression": licence}] if spdx else [{"license": {"name": licence}}]
+
+
+def _component(entry: dict[str, str], inside: list[dict[str, str]]) -> dict[str, Any]:
+    pypi = entry["kind"] == "distribution"
+    where = f"{entry['part_of']}/" if entry["part_of"] else ""
+    made: dict[str, Any] = {
+        "type": "library",
+        "bom-ref": f"{where}{entry['name']}@{entry['version'] or 'unknown'}{'' if pypi else '#library'}",
+        "name": entry["name"],
+    }
+    if entry["version"]:
+        made["version"] = entry["version"]
+    if licences := _licences(entry["licence"]):
+        made["licenses"] = licences
+    if pypi:
+        made["purl"] = f"pkg:pypi/{entry['name'].lower().replace('_', '-')}@{entry['version']}"
+    if parts := [_component(p, []) for p in inside]:
+        made["components"] = parts
+    return made
+
+
+def sbom(found: list[dict[str, str]], executable: Path) -> str:
+    """`found`: what components.py wrote."""
+    digest = hashlib.sha256(executable.read_bytes()).hexdigest()
+    (own,) = [c for c in found if c["name"] == NAME]
+    top = [c for c in found if not c["part_of"] and c is not own]
+    made = [_component(c, [p for p in found if p["part_of"] == c["name"]]) for c in top]
+    root = {
+        "type": "application",
+        "bom-ref": f"{NAME}@{own['version']}",
+        "name": NAME,
+        "version": own["version"],
+        "licenses": _licences(own["licence"]),
+        "hashes": [{"alg": "SHA-256", "content": digest}],
+    }
+    document = {
+        "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.6",
+        "serialNumber": f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_OID, digest)}",
+        "version": 1,
+        "metadata": {"component": root},
+        "components": made,
+        "dependencies": [{"ref": root["bom-ref"], "dependsOn": sorted(c["bom-ref"] for c in made)}],
+    }
+    return json.dumps(document, indent=1) + "\n"
