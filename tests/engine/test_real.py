@@ -13,7 +13,7 @@ import httpx
 import pytest
 import trio
 from fakes.engine import CPU_HOST, alive, assignment, shm, until
-from fakes.real_vllm import ready, real_service, server_info
+from fakes.real_vllm import api_server, ready, real_service, server_info
 
 from xim_agent.assignment.plan import EngineTarget
 from xim_agent.config.fields import Config
@@ -55,7 +55,7 @@ async def test_real_vllm_serves_dies_and_leaves_nothing(
     assert answer.endswith(b"data: [DONE]\n\n")
     await until(lambda: service.load().running == 0)
     tree = [p.pid for p in descendants(guard.pid)]
-    api_server = min(tree)
+    server = api_server(guard)
     assert len(tree) >= 3, "API server, EngineCore, worker"
     notes = runtime / "leftovers.json"
     await until(lambda: "psm_" in notes.read_text())
@@ -63,7 +63,7 @@ async def test_real_vllm_serves_dies_and_leaves_nothing(
 
     async def strike() -> None:
         await until(lambda: service.client.active == 1)
-        os.kill(api_server, signal.SIGKILL)
+        os.kill(server, signal.SIGKILL)
 
     nursery.start_soon(strike)
     with trio.fail_after(10), pytest.raises(EngineLost):

@@ -111,7 +111,10 @@ def launcher(pid: int) -> str:
 
 
 def api_server(guard: Guard) -> int:
-    return min(process.pid for process in descendants(guard.pid))
+    """The guard's own child, by its name too: the guard adopts orphans, and pids start again at their end."""
+    own = [process.pid for process in descendants(guard.pid) if process.parent == guard.pid]
+    (found,) = [pid for pid in own if "\0serve\0" in Path(f"/proc/{pid}/cmdline").read_text()]
+    return found
 
 
 def environment(pid: int) -> dict[str, str]:
