@@ -132,9 +132,7 @@ async def test_the_router_asks_to_drain_and_takes_it_back(bench: Any, router: An
     assert (router.polls[-1].phase, router.polls[-1].capacity) == ("ready", 4)
 
 
-async def test_who_asks_to_drain_takes_it_back_for_itself_alone(
-    bench: Any, router: Any, autojump_clock: Any
-) -> None:
+async def test_who_asks_to_drain_takes_it_back_for_itself_alone(bench: Any, router: Any, autojump_clock: Any) -> None:
     await bench.settle(1)
     bench.poller.drain("an operator")
     router.say(drain=True)

@@ -187,9 +187,7 @@ async def test_numbers_that_make_no_sense_cost_their_lease_at_most(
     assert (await router.ended(router.offer())).reason == "complete"
 
 
-async def test_characters_split_between_chunks_arrive_as_they_are(
-    bench: Any, router: Any, autojump_clock: Any
-) -> None:
+async def test_characters_split_between_chunks_arrive_as_they_are(bench: Any, router: Any, autojump_clock: Any) -> None:
     text = "Gr\u00fc\u00dfe \U0001f600 \u4e16\u754c e\u0301".encode()
     bench.engine.headers = {"content-type": "text/event-stream"}
     for size in (1, 2, 3):
