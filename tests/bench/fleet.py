@@ -1,17 +1,19 @@
 """A fleet on one local router: real calls over real sockets; by hand: `PYTHONPATH=. python tests/bench/fleet.py`.
 
-The router runs as an operator starts it, in a process of its own; 1,000 agents and their clients are in this one (`own`,
-`own lag`: its CPU, and how late it is, which every time includes). First single calls, beside the waiting fleet: CPU and
-bytes of each, and the sums of larger fleets from them. Then the fleet idle, then with requests whose answers take 2 s in
-ten events calls; `dispatch` is from the client's send to the lease at the agent. `--seconds 300` for the long run,
-`--ramp` doubles the requests until something breaks, `--files 300` shows a router with too few open files.
+The router runs as an operator starts it, in a process of its own; 1,000 agents and their clients are in this one
+(`own`, `own lag`: its CPU, and how late it is, which every time includes). First single calls, beside the waiting
+fleet: CPU and bytes of each, and the sums of larger fleets from them. Then the fleet idle, then with requests whose
+answers take 2 s in ten events calls; `dispatch` is from the client's send to the lease at the agent. `--seconds 300`
+for the long run, `--ramp` doubles the requests until something breaks, `--files 300` shows a router with too few open
+files.
 
-What breaks first is the router's one core, by events calls and not by polls: an idle agent costs one connection and one
-poll in 25 s, about 1.4 kB; 100,000 of them are 4,000 polls and 6 MB a second, 100,000 connections, and 3 to 4 cores of
-this router's kind, so some processes behind a balancer. But an agent sends each chunk of its only stream in a call of its
-own, of 1.2 kB for 190 bytes: 20 calls a second from each of 1,000 agents are 20,000, for one core about 15 times too many
-here. 64 streams on one agent take no more calls than that one. A router for a fleet must have a cheaper way for events
-than one HTTP/1.1 call each: a connection's headers said once (HTTP/2), or a longer pause between calls, told by the router.
+What breaks first is the router's one core, by events calls and not by polls: an idle agent costs one connection and
+one poll in 25 s, about 1.4 kB; 100,000 of them are 4,000 polls and 6 MB a second, 100,000 connections, and 3 to 4
+cores of this router's kind, so some processes behind a balancer. But an agent sends each chunk of its only stream in
+a call of its own, of 1.2 kB for 190 bytes: 20 calls a second from each of 1,000 agents are 20,000, for one core about
+15 times too many here. 64 streams on one agent take no more calls than that one. A router for a fleet must have a
+cheaper way for events than one HTTP/1.1 call each: a connection's headers said once (HTTP/2), or a longer pause
+between calls, told by the router.
 """
 
 import argparse
