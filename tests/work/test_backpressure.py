@@ -31,11 +31,11 @@ def flood(body: bytes) -> Iterator[tuple[float, bytes]]:
 
 
 def trickle(body: bytes) -> Iterator[tuple[float, bytes]]:
-    """For 5 s a chunk of 200 bytes every 50 ms; for ever and in floods, to the slow one."""
+    """For 2 s a chunk of 200 bytes every 50 ms; a flood for the slow one."""
     if body == SLOW:
         yield from flood(body)
         return
-    for n in range(100):
+    for n in range(40):
         yield 0.05, b"data: %0192d\n\n" % n
 
 
