@@ -31,11 +31,6 @@ ENGINE_STOP_SECONDS = 15.0
 REMAINS_EVERY_SECONDS = 10.0
 
 
-def longest_stop(drain_seconds: float) -> float:
-    """Seconds from the signal to the end of the process, at most: what a supervisor has to wait before it kills."""
-    return drain_seconds + TELL_SECONDS + FLUSH_SECONDS + ENGINE_STOP_SECONDS
-
-
 class Service(Protocol):
     async def run(self) -> None: ...
 

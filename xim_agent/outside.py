@@ -37,6 +37,11 @@ from xim_agent.work.sender import Sender
 SILENT_SECONDS = 60.0
 
 
+def longest_stop(drain_seconds: float) -> float:
+    """Seconds from the signal to the end of the process, at most: what a supervisor has to wait before it kills."""
+    return drain_seconds + agent.TELL_SECONDS + agent.FLUSH_SECONDS + agent.ENGINE_STOP_SECONDS
+
+
 @dataclass(frozen=True)
 class Agent:
     """One agent, wired."""

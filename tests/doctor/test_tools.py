@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import trio
 
-from xim_agent.agent import longest_stop
 from xim_agent.doctor import tools
 from xim_agent.doctor.report import Finding
+from xim_agent.outside import longest_stop
 
 
 class Host:

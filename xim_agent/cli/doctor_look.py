@@ -9,7 +9,6 @@ from typing import TypeVar
 
 import trio
 
-from xim_agent.agent import longest_stop
 from xim_agent.cache.look import look
 from xim_agent.clock import Clock, SystemClock
 from xim_agent.config import sources
@@ -33,6 +32,7 @@ from xim_agent.identity.store import LOCK, StateStore
 from xim_agent.mesh.messages import Assignment, ModelRef, Serving
 from xim_agent.mesh.reach import Reached, reach
 from xim_agent.outcome import RouterError
+from xim_agent.outside import longest_stop
 
 GB = 10**9
 SECONDS = 15.0  # of a file system that hangs
