@@ -143,10 +143,17 @@ static const char *name_at(int fd, const char *name, char *path)
     return inside(path) ? path : NULL;
 }
 
+static const char *write_or_send(int fd)
+{
+    struct stat status;
+    return !fstat(fd, &status) && S_ISSOCK(status.st_mode) ? "send" : "write";
+}
+
 #define FD name_of(fd, path)
 #define PATH(p) (inside(p) ? (p) : NULL)
 
-WRAP(ssize_t, write, "write", FD, (int fd, const void *data, size_t n), (fd, data, n), REAL(write)(fd, data, n / 2))
+WRAP(ssize_t, write, write_or_send(fd), FD, (int fd, const void *data, size_t n), (fd, data, n),
+     REAL(write)(fd, data, n / 2))
 WRAP(ssize_t, pwrite, "write", FD, (int fd, const void *data, size_t n, off_t o), (fd, data, n, o),
      REAL(pwrite)(fd, data, n / 2, o))
 WRAP(ssize_t, pwrite64, "write", FD, (int fd, const void *data, size_t n, off64_t o), (fd, data, n, o),

@@ -19,7 +19,7 @@ WELL = WorkStatistics(True, "ready", False, False, [], False, 1, 0, 0, None, "no
 def idle(ready: bool = True, expires: float = 3600.0, **changed: Any) -> list[str]:
     now = SystemClock().now()
     work = replace(WELL, last_poll=now, **changed)
-    parts: dict[str, Any] = dict.fromkeys(("parts", "cache", "assignment", "sender"))
+    parts: dict[str, Any] = dict.fromkeys(("parts", "cache", "assignment", "sender", "machine"))
     return Agent(
         identity=SimpleNamespace(statistics=lambda: SimpleNamespace(token_expires=now + expires)),  # type: ignore[arg-type]
         engine=SimpleNamespace(ready=ready),  # type: ignore[arg-type]
