@@ -145,7 +145,7 @@ MORE: dict[str, Callable[[Bench, EngineService], Awaitable[None]]] = {
     "draft model": speculation_changes_no_answer,
     "unsized": it_embeds,
 }
-QUICK = ("one rank", "two ranks")
+QUICK = ("one rank",)
 
 
 @pytest.mark.engine
