@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.request import urlopen
 
 HERE = Path(__file__).parent
 NGINX = """
@@ -76,11 +77,15 @@ def said(process: subprocess.Popen[str], word: str) -> None:
         raise SystemExit(f"{process.args}: ended before it was ready")
 
 
-def wait_port(port: int, seconds: float = 30.0) -> None:
+def wait_port(port: int, path: str | None = None, seconds: float = 30.0) -> None:
+    """Until something listens and, with a `path`, answers that with 200."""
     give_up = time.monotonic() + seconds
     while True:
         try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
+            if path is None:
+                socket.create_connection(("127.0.0.1", port), 1).close()
+            else:
+                urlopen(f"http://127.0.0.1:{port}{path}", timeout=1).close()
         except OSError:
             if time.monotonic() > give_up:
                 raise
@@ -121,8 +126,7 @@ def vllm_router(place: Place) -> Iterator[tuple[str, int | None]]:
     argv = (made / "bin/vllm-router", "--host", "127.0.0.1", "--port", port, "--policy", "round_robin")
     argv += ("--worker-urls", f"http://127.0.0.1:{place.engine_port}", "--log-level", "error")
     with running(*argv, "--prometheus-port", free_port(), "--max-concurrent-requests", 4096) as process:
-        wait_port(port)
-        time.sleep(1)  # it listens before it has seen its worker
+        wait_port(port, "/readiness")  # it listens before it has seen its worker
         yield str(port), process.pid
 
 

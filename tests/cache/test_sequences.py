@@ -672,6 +672,13 @@ def test_random_lives(tmpfs: Path, books: dict[str, Book], part: int) -> None:
         check(tmpfs, books, seed)
 
 
+def test_a_lowered_bound_leaves_room_for_the_index(tmpfs: Path, books: dict[str, Book]) -> None:
+    """Found by many lives: what did not fit any more went, to the last byte, and the next use was written above it."""
+    first = (Make("b@1", fill=1), Make("a@2", switch=True))
+    then = (Make("c@1", switch=True), Make("d@1", switch=True, cancel=4))
+    play(tmpfs, books, (Life(2_500_000, first, kill=99), Life(800_000, then)))
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("part", range(60))
 def test_many_random_lives(tmpfs: Path, books: dict[str, Book], part: int) -> None:

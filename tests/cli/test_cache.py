@@ -222,7 +222,7 @@ async def test_a_cache_of_another_format_is_refused(place: Place) -> None:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_reach, "_PATIENCE", 0.3)
+    monkeypatch.setattr(cache_reach, "PATIENCE", 0.3)
     monkeypatch.setattr(claim, "SILENT_SECONDS", 0.1)
 
 

@@ -15,7 +15,7 @@ import pytest
 import trio
 
 from xim_agent.cache import claim
-from xim_agent.cli import agent_reach
+from xim_agent.cli import agent_reach, cache_reach
 from xim_agent.cli.status_show import lines
 from xim_agent.config.fields import Config
 from xim_agent.control import client
@@ -115,7 +115,7 @@ class Place:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    monkeypatch.setattr(agent_reach, "_PATIENCE", 0.3)
+    monkeypatch.setattr(cache_reach, "PATIENCE", 0.3)
     return Place(tmp_path)
 
 
@@ -231,7 +231,7 @@ async def test_no_permission_is_told(place: Place, monkeypatch: pytest.MonkeyPat
 
 
 async def test_an_agent_that_just_begins_is_waited_for(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agent_reach, "_PATIENCE", 20.0)
+    monkeypatch.setattr(cache_reach, "PATIENCE", 20.0)
     place.leave_behind("")
     looked, holder = trio.Event(), claim.holder
 

@@ -11,16 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fakes.engine import FAKE, write_model
-from fakes.stack import Stack, alive, running, until
+from fakes.scripted import Scripted, serving
+from fakes.stack import alive, until
 
 pytestmark = pytest.mark.e2e
 
 
-class Commanded(Stack):
-    def env(self, **more: str) -> dict[str, str]:
-        return super().env(**({"XEROTIER_AGENT_VLLM_ARGS": "--seed 1", "XEROTIER_AGENT_VLLM_ENV": ""} | more))
-
+class Commanded(Scripted):
     @property
     def cache(self) -> Path:
         return self.root / "cache"
@@ -39,10 +36,7 @@ class Commanded(Stack):
 
 @pytest.fixture
 def stack(agent_exe: Path, tmp_path: Path) -> Iterator[Commanded]:
-    model = write_model(tmp_path / "model")
-    with running(Commanded(str(agent_exe), str(FAKE), model, tmp_path / "stack", served="toy")) as stack:
-        stack.start_agent(XEROTIER_AGENT_JOIN_KEY=stack.join_key)
-        stack.wait_ready(60)
+    with serving(Commanded, agent_exe, tmp_path) as stack:
         yield stack
 
 

@@ -11,18 +11,15 @@ from typing import Any
 
 import httpx
 import pytest
-from fakes.engine import FAKE, write_model
-from fakes.stack import Stack, running, until
+from fakes.scripted import Scripted, serving
+from fakes.stack import until
 
 pytestmark = pytest.mark.e2e
 
 SECRET = "a prompt that nobody may read"
 
 
-class Operated(Stack):
-    def env(self, **more: str) -> dict[str, str]:
-        return super().env(**({"XEROTIER_AGENT_VLLM_ARGS": "--seed 1", "XEROTIER_AGENT_VLLM_ENV": ""} | more))
-
+class Operated(Scripted):
     def begin(self, *words: str) -> subprocess.Popen[str]:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return subprocess.Popen([self.exe, *words], env=self.env(), text=True, **pipes)
@@ -59,10 +56,7 @@ class Asked:
 
 @pytest.fixture
 def stack(agent_exe: Path, tmp_path: Path) -> Iterator[Operated]:
-    model = write_model(tmp_path / "model")
-    with running(Operated(str(agent_exe), str(FAKE), model, tmp_path / "stack", served="toy")) as stack:
-        stack.start_agent(XEROTIER_AGENT_JOIN_KEY=stack.join_key)
-        stack.wait_ready(60)
+    with serving(Operated, agent_exe, tmp_path) as stack:
         yield stack
 
 

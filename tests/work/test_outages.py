@@ -16,8 +16,8 @@ STREAMS = 1000
 SEEDS = pytest.mark.parametrize("seed", [1, *(pytest.param(s, marks=pytest.mark.full) for s in (2, 3, 4))])
 
 
-async def killing(path: DataPath, kill: Callable[[], Any], seconds: float, times: int = 6) -> None:
-    """Streams, while something is killed every now and then."""
+async def killing(path: DataPath, kill: Callable[[], Any], seconds: float, times: int = 6) -> dict[str, int]:
+    """Streams, while something is killed every now and then; how many ended in which way, each once."""
 
     async def now_and_then() -> None:
         for _ in range(times):
@@ -27,6 +27,10 @@ async def killing(path: DataPath, kill: Callable[[], Any], seconds: float, times
     async with trio.open_nursery() as nursery:
         nursery.start_soon(now_and_then)
         nursery.start_soon(path.ask_many, STREAMS)
+    await path.flushed()
+    path.check()
+    assert path.outcomes()["complete"] > STREAMS / 2
+    return dict(path.outcomes())
 
 
 @SEEDS
@@ -42,11 +46,7 @@ async def test_router_is_killed(tmp_path: Path, seed: int, autojump_clock: Any) 
             await path.back()
             assert trio.current_time() - killed < 2
 
-        await killing(path, kill, 0.6, times=4)
-        await path.flushed()
-        path.check()
-        outcomes = path.outcomes()
-        assert outcomes["complete"] > STREAMS / 2
+        outcomes = await killing(path, kill, 0.6, times=4)
         assert set(outcomes) <= {"complete", "gone"}
         ended = path.agent.statistics.ended
         assert ended.get("unknown", 0) + ended.get("cancelled", 0) > 0
@@ -62,12 +62,7 @@ async def test_agent_is_killed(tmp_path: Path, seed: int, autojump_clock: Any) -
             await trio.sleep(0.3)
             await path.start_agent()
 
-        await killing(path, kill, 0.7)
-        await path.flushed()
-        path.check()
-        outcomes = path.outcomes()
-        assert set(outcomes) == {"complete", "engine_lost"}
-        assert outcomes["complete"] > STREAMS / 2
+        assert set(await killing(path, kill, 0.7)) == {"complete", "engine_lost"}
         assert not (tmp_path / "spool").exists()
         cut = [client for client in path.clients if client.outcome is not COMPLETE]
         assert all(client.data or path.engine.asked[client.body] >= 3 for client in cut), "else it is tried again"
@@ -82,12 +77,7 @@ async def test_engine_is_killed(tmp_path: Path, seed: int, autojump_clock: Any) 
             await trio.sleep(0.5)
             await path.start_engine()
 
-        await killing(path, kill, 0.7)
-        await path.flushed()
-        path.check()
-        outcomes = path.outcomes()
-        assert set(outcomes) == {"complete", "engine_lost"}
-        assert outcomes["complete"] > STREAMS / 2
+        assert set(await killing(path, kill, 0.7)) == {"complete", "engine_lost"}
 
 
 async def test_spooled_endings_arrive_at_the_next_start(tmp_path: Path, autojump_clock: Any) -> None:

@@ -15,7 +15,7 @@ from xim_agent.cache.inventory import BLOCK, Evict, What, allocated
 from xim_agent.cache.ledger import Cause, cause
 from xim_agent.cache.manifest import Manifest, ManifestRefused, parse
 from xim_agent.cache.partial import Partial
-from xim_agent.cache.plan import STALE, CacheRefused, Drain, Need, Plan, plan
+from xim_agent.cache.plan import INDEX, STALE, CacheRefused, Drain, Need, Plan, plan
 from xim_agent.cache.plan import Fetch as FetchStep
 from xim_agent.cache.transfer import Retry
 from xim_agent.errors import AgentError
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from xim_agent.cache.service import Cache
 
 log = logging.getLogger("xim_agent.cache")
-
-_INDEX = 64 * 1024  # bytes by which index.sqlite and its journal may grow: a row of 200 bytes, a page or two each
 
 _T = TypeVar("_T")
 
@@ -110,7 +108,7 @@ class Operation:
 
     def _unsaved(self) -> int:
         """Bytes that the manifest will take; the index grows as well when a model is new, or was lost."""
-        return _INDEX + (0 if self.digest in self.store.known else allocated(len(self.data)))
+        return INDEX + (0 if self.digest in self.store.known else allocated(len(self.data)))
 
     async def _save(self) -> None:
         await self._outlast(self.store.save_manifest, self.digest, self.data, self.manifest)

@@ -9,6 +9,7 @@ from xim_agent.errors import AgentError, Exit
 
 GIB = 1024**3
 STALE = 24 * 3600.0
+INDEX = 64 * 1024  # bytes of the index when it is written anew beside the old one: a row of 200 bytes for each model
 
 
 @dataclass(frozen=True)

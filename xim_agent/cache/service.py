@@ -6,6 +6,7 @@ import re
 import sqlite3
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -18,7 +19,7 @@ from xim_agent.cache.inventory import Evict, Inventory
 from xim_agent.cache.ledger import Cause, Ledger, cause
 from xim_agent.cache.manifest import check_component, manifest_digest
 from xim_agent.cache.operation import Operation
-from xim_agent.cache.plan import RESERVES, Holds, Limits, Reserves, trim
+from xim_agent.cache.plan import INDEX, RESERVES, Holds, Limits, Reserves, trim
 from xim_agent.cache.statistics import CachedModel, CacheStatistics
 from xim_agent.cache.store import Store
 from xim_agent.cache.transfer import BlobSource, Counters
@@ -250,7 +251,8 @@ class Cache:
         Raises OSError, sqlite3.Error.
         """
         inventory, limits, holds = await trio.to_thread.run_sync(self.survey, True)
-        for step in trim(inventory, wanted, limits, holds):
+        below = replace(limits, bound=limits.bound - INDEX)  # the next use of a model is written down, too
+        for step in trim(inventory, wanted, below, holds) if inventory.total > limits.bound else ():
             await self.evict(step, cause(step, inventory, limits))
         await trio.to_thread.run_sync(self.look)
 

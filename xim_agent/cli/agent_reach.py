@@ -9,14 +9,11 @@ from typing import Any
 import trio
 
 from xim_agent.cache import claim
-from xim_agent.cli.cache_reach import as_owner
+from xim_agent.cli import cache_reach
 from xim_agent.config.fields import Config
 from xim_agent.control import client
 from xim_agent.errors import AgentError, Exit
 
-# An agent that begins has the lock without a socket for a moment.
-_PATIENCE = 3.0
-_AGAIN = 0.2
 _WHICH = "name the agent's cache with --model-cache-path or XEROTIER_AGENT_MODEL_CACHE_PATH"
 
 
@@ -27,25 +24,25 @@ async def reach(config: Config, name: str, arguments: Mapping[str, Any], report:
     """
     lock = config.model_cache_path / claim.LOCK
     try:
-        with as_owner(lock.lstat()):
+        with cache_reach.as_owner(lock.lstat()):
             return await _ask(lock, name, arguments, report)
     except (FileNotFoundError, NotADirectoryError):
         raise _absent(
             f"no agent has ever used the model cache {lock.parent}", f"start one with `run`, or {_WHICH}"
         ) from None
     except PermissionError as e:
-        raise _denied(f"the model cache {lock.parent}", e) from None
+        raise cache_reach.denied("agent_denied", f"the model cache {lock.parent}", e) from None
 
 
 async def _ask(lock: Path, name: str, arguments: Mapping[str, Any], report: Callable[[Any], None]) -> Any:
-    give_up = trio.current_time() + _PATIENCE
+    give_up = trio.current_time() + cache_reach.PATIENCE
     while True:
         holder = claim.holder(lock)
         if holder.says not in ("", claim.COMMAND):
             break
         if trio.current_time() > give_up:
             raise _absent(f"no agent runs with the model cache {lock.parent}", f"start it with `run`, or {_WHICH}")
-        await trio.sleep(_AGAIN)
+        await trio.sleep(cache_reach.AGAIN)
     socket = Path(holder.says)
     try:
         return await client.call(socket, holder.pid, name, arguments, report)
@@ -61,7 +58,9 @@ def _unreachable(socket: Path, pid: str, error: AgentError) -> AgentError:
         why = why.__cause__ or why.__context__
     number = why.errno if isinstance(why, OSError) else None
     if number in (errno.EACCES, errno.EPERM):
-        return _denied(f"the control socket {socket}", PermissionError(number, os.strerror(number)))
+        return cache_reach.denied(
+            "agent_denied", f"the control socket {socket}", PermissionError(number, os.strerror(number))
+        )
     if number == errno.ECONNREFUSED:
         what = f"no agent runs: process {pid} was killed and left its control socket {socket} behind"
         return _absent(what, "start it with `run`, which takes the socket's place")
@@ -73,12 +72,3 @@ def _unreachable(socket: Path, pid: str, error: AgentError) -> AgentError:
 
 def _absent(what: str, hint: str) -> AgentError:
     return AgentError("agent_absent", what, hint=hint, exit_code=Exit.MISSING)
-
-
-def _denied(what: str, error: OSError) -> AgentError:
-    return AgentError(
-        "agent_denied",
-        f"uid {os.geteuid()} may not use {what}: {error.strerror or error}",
-        hint="run this as the agent's user or as root",
-        exit_code=Exit.STATE,
-    )

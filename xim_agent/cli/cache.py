@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from xim_agent.cli.common import configured
+from xim_agent.cli.common import asked, ignore
 from xim_agent.cli.options import AgentCommand
 from xim_agent.errors import Exit
 
@@ -43,21 +43,13 @@ def command() -> None:
     """
 
 
-def _do(flags: Mapping[str, Any], name: str, arguments: Mapping[str, Any], report: Callable[[Any], None]) -> Any:
+def _do(
+    flags: Mapping[str, Any], name: str, arguments: Mapping[str, Any], report: Callable[[Any], None] = ignore
+) -> Any:
     """The result; None where there is no cache and `name` is `ls`."""
-    import trio
-
-    from xim_agent import log
     from xim_agent.cli.cache_reach import reach
 
-    config = configured(flags)
-    if config.log_level in ("info", "warning"):
-        log.set_level("error")  # what is worth saying is in the result
-    return trio.run(reach, config, f"cache/{name}", arguments, report)
-
-
-def _ignore(_: Any) -> None:
-    pass
+    return asked(reach, flags, f"cache/{name}", arguments, report)
 
 
 @command.command(cls=AgentCommand, only=_ONLY)
@@ -71,7 +63,7 @@ def ls(partials: bool, as_json: bool, **flags: Any) -> None:
     """
     import json
 
-    found = _do(flags, "ls", {}, _ignore)
+    found = _do(flags, "ls", {})
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return
@@ -112,7 +104,7 @@ def rm(model: str, **flags: Any) -> None:
 
     Refused while it is in use or being prepared (exit code 4).
     """
-    _removed(_do(flags, "rm", {"model": model}, _ignore), "freed")
+    _removed(_do(flags, "rm", {"model": model}), "freed")
 
 
 @command.command(cls=AgentCommand, only=_ONLY)
@@ -126,7 +118,7 @@ def prune(dry_run: bool, everything: bool, **flags: Any) -> None:
     the models that are not in use. While no agent runs, the model used last is kept in any case, because the agent
     begins with it; `rm` removes that too.
     """
-    gone = _do(flags, "prune", {"everything": everything, "dry_run": dry_run}, _ignore)
+    gone = _do(flags, "prune", {"everything": everything, "dry_run": dry_run})
     _removed(gone, "would free" if dry_run else "freed")
 
 
@@ -137,7 +129,7 @@ def path(model: str, **flags: Any) -> None:
 
     Exit code 1 when only compressed chunks or parts are here.
     """
-    click.echo(_do(flags, "path", {"model": model}, _ignore))
+    click.echo(_do(flags, "path", {"model": model}))
 
 
 def _removed(gone: list[dict[str, Any]], verb: str) -> None:

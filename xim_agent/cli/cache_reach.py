@@ -21,8 +21,8 @@ from xim_agent.health import Health
 
 GB = 10**9
 # An agent that begins or ends has the lock without a socket for a moment.
-_PATIENCE = 3.0
-_AGAIN = 0.2
+PATIENCE = 3.0
+AGAIN = 0.2
 
 Report = Callable[[Any], None]
 
@@ -38,7 +38,7 @@ async def reach(config: Config, name: str, arguments: Mapping[str, Any], report:
     except (FileNotFoundError, NotADirectoryError):
         return _absent(config, name)
     except OSError as e:
-        _denied(directory, e)
+        raise denied("cache_denied", f"the model cache {directory}", e) from e
     with as_owner(owner):
         return await _ask(config, name, arguments, report)
 
@@ -51,13 +51,13 @@ def _first(*paths: Path) -> os.stat_result:
 
 async def _ask(config: Config, name: str, arguments: Mapping[str, Any], report: Report) -> Any:
     directory = config.model_cache_path
-    give_up = trio.current_time() + _PATIENCE
+    give_up = trio.current_time() + PATIENCE
     while True:
         try:
             return await _here(config, name, arguments, report)
         except AgentError as e:
             if isinstance(e.__cause__, PermissionError) and e.code == "cache_directory":
-                _denied(directory, e.__cause__)
+                raise denied("cache_denied", f"the model cache {directory}", e.__cause__) from e.__cause__
             if e.code != "cache_in_use":
                 raise
         holder = claim.holder(directory / claim.LOCK)
@@ -69,7 +69,7 @@ async def _ask(config: Config, name: str, arguments: Mapping[str, Any], report: 
                     raise
         elif trio.current_time() > give_up:
             _held(directory, holder)
-        await trio.sleep(_AGAIN)
+        await trio.sleep(AGAIN)
 
 
 async def _here(config: Config, name: str, arguments: Mapping[str, Any], report: Report) -> Any:
@@ -133,13 +133,13 @@ def _absent(config: Config, name: str) -> dict[str, Any]:
     return empty | {"disk_free": None, "disk_size": None, "tiers": {}, "models": []}
 
 
-def _denied(directory: Path, error: OSError) -> NoReturn:
-    raise AgentError(
-        "cache_denied",
-        f"uid {os.geteuid()} cannot use the model cache {directory}: {error.strerror or error}",
+def denied(code: str, what: str, error: OSError) -> AgentError:
+    return AgentError(
+        code,
+        f"uid {os.geteuid()} cannot use {what}: {error.strerror or error}",
         hint="run this as the agent's user or as root",
         exit_code=Exit.STATE,
-    ) from error
+    )
 
 
 def _held(directory: Path, holder: claim.Holder) -> NoReturn:

@@ -1,7 +1,7 @@
 """What the commands share: configuration with logging set up, and a router client with an identity."""
 
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -43,6 +43,26 @@ def configured(flags: Mapping[str, Any], defaults: Mapping[str, str] | None = No
     keep_private([*proxies, *(option.env for option in secret)], [option.flag for option in secret])
     log.setup(config.log_level, config.log_format)
     return config
+
+
+def ignore(_: Any) -> None:
+    pass
+
+
+def asked(
+    reach: Callable[..., Awaitable[Any]],
+    flags: Mapping[str, Any],
+    name: str,
+    arguments: Mapping[str, Any],
+    report: Callable[[Any], None] = ignore,
+) -> Any:
+    """What `reach` gets for `name`; of the log only errors are shown: what is worth saying is in the result."""
+    import trio
+
+    config = configured(flags)
+    if config.log_level in ("info", "warning"):
+        log.set_level("error")
+    return trio.run(reach, config, name, arguments, report)
 
 
 def _others(environ: Mapping[str, str]) -> list[str]:

@@ -2,7 +2,7 @@ from typing import Any
 
 import click
 
-from xim_agent.cli.operate import CODES, ONLY, ask, ignore, runs
+from xim_agent.cli.operate import CODES, ONLY, ask, runs
 from xim_agent.cli.options import AgentCommand
 from xim_agent.errors import AgentError, Exit
 
@@ -20,7 +20,7 @@ def command(no_wait: bool, **flags: Any) -> None:
     from xim_agent.cli.progress import Display
 
     if no_wait:
-        click.echo(f"draining: {runs(ask(flags, 'drain', {}, ignore))}")
+        click.echo(f"draining: {runs(ask(flags, 'drain', {}))}")
         return
     with Display() as display:
         found = ask(flags, "drain", {"wait": True}, lambda now: display.show("draining", detail=runs(now)))

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from xim_agent.cli.common import configured
+from xim_agent.cli.common import asked, ignore
 
 ONLY = frozenset({"model_cache_path"})
 CODES = """
@@ -22,21 +22,13 @@ Exit codes:
 """
 
 
-def ask(flags: Mapping[str, Any], name: str, arguments: Mapping[str, Any], report: Callable[[Any], None]) -> Any:
+def ask(
+    flags: Mapping[str, Any], name: str, arguments: Mapping[str, Any], report: Callable[[Any], None] = ignore
+) -> Any:
     """What the running agent says to `name`."""
-    import trio
-
-    from xim_agent import log
     from xim_agent.cli.agent_reach import reach
 
-    config = configured(flags)
-    if config.log_level in ("info", "warning"):
-        log.set_level("error")  # what is worth saying is in the result
-    return trio.run(reach, config, name, arguments, report)
-
-
-def ignore(_: Any) -> None:
-    pass
+    return asked(reach, flags, name, arguments, report)
 
 
 def runs(found: Mapping[str, Any]) -> str:

@@ -2,7 +2,7 @@ from typing import Any
 
 import click
 
-from xim_agent.cli.operate import CODES, ONLY, ask, ignore, runs
+from xim_agent.cli.operate import CODES, ONLY, ask, runs
 from xim_agent.cli.options import AgentCommand
 
 
@@ -14,7 +14,7 @@ from xim_agent.cli.options import AgentCommand
     "drain that the router asked for, or a stop, goes on." + CODES,
 )
 def command(**flags: Any) -> None:
-    found = ask(flags, "resume", {}, ignore)
+    found = ask(flags, "resume", {})
     if found["drained_by"]:
         click.echo(f"still draining, because {' and '.join(found['drained_by'])} asked for it; {runs(found)}")
     else:

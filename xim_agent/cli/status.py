@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from xim_agent.cli.operate import CODES, ONLY, ask, ignore
+from xim_agent.cli.operate import CODES, ONLY, ask
 from xim_agent.cli.options import AgentCommand
 
 
@@ -16,7 +16,7 @@ from xim_agent.cli.options import AgentCommand
 )
 @click.option("--json", "as_json", is_flag=True, help="Print all of it as one JSON object, as `/status` has it")
 def command(as_json: bool, **flags: Any) -> None:
-    found = ask(flags, "status", {}, ignore)
+    found = ask(flags, "status", {})
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return
