@@ -75,8 +75,7 @@ class EngineService:
         self._budget = RestartBudget()
         self._failure: Failure | None = None
         self._gauges = Gauges()
-        self._ceiling, self._began = 0, 0.0
-        self._phase = ""
+        self._ceiling, self._began, self._phase = 0, 0.0, ""
         self._seconds_to_ready: float | None = None
         self._starts = self._failures = 0
         self._calls = self._placed = 0  # of `switch` and `stop`: how many, and the latest that has come through
