@@ -272,9 +272,9 @@ class Player:
             world.tell(f"used {self.serving} {world.now()}")
 
     def unpin(self, name: str) -> None:
-        """Its last use is now; a process that is about to be killed may not come to write that down."""
+        """Its last use is now; a process that is killed may not come to write that down."""
         self.cache.unpin(self.world.books[name].ref)
-        doomed = self.watcher.armed and self.watcher.kill is not None
+        doomed = self.watcher.kill is not None
         self.world.tell(f"forgotten {name}" if doomed else f"used {name} {self.world.now()}")
 
     async def take(self, step: Step) -> None:
