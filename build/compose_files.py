@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = ROOT / "build" / "compose-agent.yaml.in"
 HOME = "/var/lib/inference"
 WIDEST = max(len(option.env) for option in OPTIONS)
+DEFAULTS = {"XEROTIER_AGENT_ON_FINAL_ERROR": "park"}  # Compose starts again whatever the exit code was
 MARGIN = 5  # seconds a supervisor waits longer than the longest stop
 
 NVIDIA = """    deploy:
@@ -85,7 +86,7 @@ def options() -> str:
     for group, title in GROUPS.items():
         lines.append(f"# {title}")
         for option in (o for o in OPTIONS if o.meta["group"] == group):
-            default = shown_default(option).replace("~", HOME)
+            default = DEFAULTS.get(option.env) or shown_default(option).replace("~", HOME)
             choices = f": {', '.join(option.choices)}" if option.choices else ""
             lines.append(row(option.env, f"{option.meta['help']}{choices} [{default}]", WIDEST))
     return "\n".join(lines)
@@ -98,7 +99,8 @@ def row(name: str, meaning: str, widest: int) -> str:
 
 def environment() -> str:
     # Without a value, so that an image's own default stands where nothing is set.
-    return "\n".join(f"      {option.env}:" for option in OPTIONS)
+    values = {name: f" ${{{name}:-{value}}}" for name, value in DEFAULTS.items()}
+    return "\n".join(f"      {option.env}:{values.get(option.env, '')}" for option in OPTIONS)
 
 
 def text(stack: Stack) -> str:
