@@ -7,7 +7,7 @@ import click
 
 from xim_agent.config.fields import OPTIONS, Option
 
-_GROUPS = {
+GROUPS = {
     "identity": "Identity and router",
     "engine": "Engine",
     "cache": "Model cache",
@@ -21,7 +21,7 @@ def _flag(option: Option) -> str:
     return "--no-" + option.flag.removeprefix("--") if option.meta["off_flag"] else option.flag
 
 
-def _default(option: Option) -> str:
+def shown_default(option: Option) -> str:
     if option.meta["shown_default"]:
         return str(option.meta["shown_default"])
     if option.kind is bool:
@@ -32,7 +32,7 @@ def _default(option: Option) -> str:
 def help_of(option: Option) -> str:
     choices = f" ({', '.join(option.choices)})" if option.choices else ""
     repeat = "; may be repeated" if option.meta["repeat"] else ""
-    return f"{option.meta['help']}{choices}{repeat}  [env: {option.env}; default: {_default(option)}]"
+    return f"{option.meta['help']}{choices}{repeat}  [env: {option.env}; default: {shown_default(option)}]"
 
 
 def _left(option: Option) -> str:
@@ -47,7 +47,7 @@ def rows(group: str, only: frozenset[str] | None = None) -> list[tuple[str, str]
 
 
 def write_options(formatter: click.HelpFormatter, only: frozenset[str] | None = None) -> None:
-    for group, title in _GROUPS.items():
+    for group, title in GROUPS.items():
         if found := rows(group, only):
             with formatter.section(title):
                 formatter.write_dl(found)
