@@ -67,7 +67,7 @@ def tensor(kind: Callable[[list[float]], bytes], size: int) -> bytes:
 
 
 def joined(plain: bytes) -> bytearray:
-    """As `codec.decode` does it."""
+    """As `codec.Decoder` does it."""
     out, half = bytearray(len(plain)), (len(plain) + 1) // 2
     out[0::2], out[1::2] = memoryview(plain)[:half], memoryview(plain)[half:]
     return out

@@ -391,7 +391,7 @@ INDEX = {
     "a view that never ends": """
         ALTER TABLE models RENAME TO other;
         CREATE VIEW models AS WITH RECURSIVE n(manifest) AS (SELECT 1 UNION ALL SELECT manifest + 1 FROM n)
-        SELECT manifest, 'a' id, 'a' name, 'a' revision, 1 size, 1.0 used, 0 pinned FROM n""",
+        SELECT manifest, 'a' id, 'a' name, 'a' revision, 1 size, 1.0 used, 0 verified FROM n""",
     "a trigger": "CREATE TRIGGER t BEFORE INSERT ON models BEGIN DELETE FROM models; END",
     "text for a time": "UPDATE models SET used = 'long ago'",
     "bytes for a name": "UPDATE models SET name = x'00ff', id = x'00ff'",

@@ -20,6 +20,7 @@ left to Huffman coding, which is all that weights have to give.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 
 import zstandard
@@ -30,6 +31,7 @@ LEVEL = 1  # the table above: more is slower and hardly smaller, of split bf16 e
 WORTH = 0.97  # zstd must save at least 3 %, else the chunk stays raw and costs nothing to read
 SAMPLE, SAMPLES = 128 * 1024, 8  # bytes, and how many places: spread, for a chunk may hold several tensors
 BETTER = 0.01  # of the chunk: joining planes costs the reader time, so it must save something
+MOST_BLOCKS = 1 << 16  # of a frame; zstd makes at most 196 of each 128 KiB, and empty ones could be millions
 PIECE = 1024 * 1024  # even, so that pieces begin with a byte of the even plane; stays in a core's own cache
 
 Data = bytes | bytearray | memoryview
@@ -90,25 +92,33 @@ def verified(stored: Data, digest: str) -> bool:
     return sha256(stored).hexdigest() == digest
 
 
-def decode(stored: Data, codec: str, size: int) -> bytearray:
-    """As `pieces`, in one."""
-    data = bytearray()
-    for piece in pieces(stored, codec, size):
-        data += piece
-    return data
+class Decoder:
+    """Memory for one thread that decodes chunk after chunk: new memory costs half as much as decoding into it.
 
-
-def pieces(stored: Data, codec: str, size: int) -> Iterator[Data]:
-    """Exactly `size` bytes in order, or CorruptChunk before the first of them; each piece is good until the next.
-
-    Allocates at most one chunk and a piece, whatever the frame says. Planes are joined piece by piece: memory that is
-    touched for the first time costs more than decoding, and joining holds the interpreter's lock.
+    At most a chunk and a piece, whatever a frame says.
     """
-    if codec == "raw":
-        if len(stored) != size:
-            raise CorruptChunk(f"{len(stored)} bytes instead of {size}")
-        return iter((stored,))
-    try:
+
+    def __init__(self) -> None:
+        self._plain = bytearray()
+        self._piece = bytearray(PIECE)  # slices of a memoryview are filled 10 times as slowly as those of a bytearray
+
+    def pieces(self, stored: Data, codec: str, size: int) -> Iterator[Data]:
+        """Exactly `size` bytes in order, or CorruptChunk before the first of them; each piece is good until the next.
+
+        Planes are joined piece by piece, which holds the interpreter's lock.
+        """
+        if codec == "raw":
+            if len(stored) != size:
+                raise CorruptChunk(f"{len(stored)} bytes instead of {size}")
+            return iter((stored,))
+        try:
+            plain = self._unpacked(stored, size)
+        except zstandard.ZstdError as e:
+            raise CorruptChunk(str(e)) from e
+        return self._joined(plain) if codec == "zstd-split2" else iter((plain,))
+
+    def _unpacked(self, stored: Data, size: int) -> memoryview:
+        """Raises CorruptChunk, ZstdError."""
         frame = zstandard.get_frame_parameters(stored)
         if frame.content_size != size or size > CHUNK:
             raise CorruptChunk(f"the frame holds {frame.content_size} bytes instead of {size}")
@@ -116,21 +126,55 @@ def pieces(stored: Data, codec: str, size: int) -> Iterator[Data]:
             raise CorruptChunk("the frame has no checksum")
         if frame.window_size > CHUNK:
             raise CorruptChunk(f"the frame wants a window of {frame.window_size} bytes")
-        plain = zstandard.ZstdDecompressor(max_window_size=CHUNK).decompress(stored, allow_extra_data=False)
-    except zstandard.ZstdError as e:
-        raise CorruptChunk(str(e)) from e
-    if len(plain) != size:
-        raise CorruptChunk(f"{len(plain)} bytes instead of {size}")
-    return _joined(plain) if codec == "zstd-split2" else iter((plain,))
+        if (end := _end(stored)) != len(stored):
+            raise CorruptChunk(f"the frame ends at byte {end} of {len(stored)}")
+        if len(self._plain) < size:
+            self._plain = bytearray()  # before there is another one
+            self._plain = bytearray(size)
+        plain = memoryview(self._plain)[:size]
+        # All of it is here and has room, so that zstd writes it into place in one go, without a window.
+        done = zstandard.ZstdDecompressor(max_window_size=CHUNK).stream_reader(stored).readinto(plain)
+        if done != size:
+            raise CorruptChunk(f"{done} bytes instead of {size}")
+        return plain
+
+    def _joined(self, planes: memoryview) -> Iterator[Data]:
+        half = (len(planes) + 1) // 2
+        even, odd = planes[:half], planes[half:]
+        for at in range(0, half, PIECE // 2):
+            first, second = even[at : at + PIECE // 2], odd[at : at + PIECE // 2]
+            both = len(first) + len(second)
+            piece = self._piece if both == PIECE else bytearray(both)
+            piece[0::2], piece[1::2] = first, second
+            yield piece
 
 
-def _joined(planes: bytes) -> Iterator[Data]:
-    view, half = memoryview(planes), (len(planes) + 1) // 2
-    even, odd = view[:half], view[half:]
-    piece = bytearray(min(PIECE, len(planes)))  # of a bytearray: slices of a memoryview are filled 10 times as slowly
-    for at in range(0, half, PIECE // 2):
-        first, second = even[at : at + PIECE // 2], odd[at : at + PIECE // 2]
-        if len(first) + len(second) != len(piece):
-            piece = bytearray(len(first) + len(second))
-        piece[0::2], piece[1::2] = first, second
-        yield piece
+def _end(stored: Data) -> int:
+    """Where its one frame, with a checksum, ends: what lies behind would not be looked at (RFC 8878, 3.1.1)."""
+    at = zstandard.frame_header_size(stored)
+    for _ in range(MOST_BLOCKS):
+        head = int.from_bytes(stored[at : at + 3], "little")
+        at += 3 + (1 if head >> 1 & 3 == 1 else head >> 3)  # kind 1: one byte, so many times
+        if head & 1:
+            return at + 4
+        if at >= len(stored):
+            break
+    raise CorruptChunk(f"the frame has no last block before byte {at}")
+
+
+class Decoders:
+    """As many as work at once; may be used from any thread."""
+
+    def __init__(self) -> None:
+        self._free: list[Decoder] = []
+
+    @contextmanager
+    def lent(self) -> Iterator[Decoder]:
+        try:
+            decoder = self._free.pop()
+        except IndexError:
+            decoder = Decoder()
+        try:
+            yield decoder
+        finally:
+            self._free.append(decoder)

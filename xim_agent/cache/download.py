@@ -54,7 +54,13 @@ class Meter:
 
 
 class Fetch:
-    """One operation on one model. `room` waits until the disk has room again after it was full."""
+    """One operation on one model. `room` waits until the disk has room again after it was full.
+
+    `verified`: the files that these chunks make had their digests before. Then those that are made from the first byte
+    are not hashed again: each chunk's own digest is checked in any case, and what a frame decodes to by the checksum in
+    it, so that the same chunks make the same files. It would take as much CPU time as to decode and join them. Files
+    that an earlier operation began are hashed: what became of them on the disk since, no digest of a chunk tells.
+    """
 
     def __init__(
         self,
@@ -69,6 +75,7 @@ class Fetch:
         rand: Callable[[], float],
         trouble: Callable[[str | None], None],
         room: Callable[[], Awaitable[None]],
+        verified: bool = False,
     ) -> None:
         self.store, self.source, self.partial, self.manifest = store, source, partial, partial.manifest
         self.counters, self.report, self.room = counters, report, room
@@ -77,11 +84,13 @@ class Fetch:
         self._slots = trio.Semaphore(downloads + WORKERS)
         self._memory = Memory()
         self._buffers = Buffers()
+        self._decoders = codec.Decoders()
         self._threads = trio.CapacityLimiter(WORKERS)
         self._counted: set[str] = set()
         self._hashing = [trio.Lock() for _ in self.manifest.files]
-        self._hashers = [partial.new_hasher() for _ in self.manifest.files]
-        self._hashed = [0 for _ in self.manifest.files]
+        begun = {i for i, _ in partial.done} if verified else range(len(self.manifest.files))
+        self._hashers = [partial.new_hasher() if i in begun else None for i in range(len(self.manifest.files))]
+        self._hashed = [0 if i in begun else len(f.chunks) for i, f in enumerate(self.manifest.files)]
         self._failure: AgentError | None = None
         self.meter = Meter()
 
@@ -195,12 +204,13 @@ class Fetch:
         """Writes all places of a verified blob; `drop` in the same go, so that few chunks are on the disk twice."""
         for i, j in job.places:
             chunk = self.manifest.files[i].chunks[j]
-            try:
-                pieces = codec.pieces(data, chunk.codec, chunk.size)
-            except codec.CorruptChunk as e:
-                path = self.manifest.files[i].path
-                raise ManifestRefused("chunk_undecodable", f"chunk {j} of {path!r} ({job.blob}): {e}") from e
-            self.partial.write(i, j, pieces)
+            with self._decoders.lent() as decoder:
+                try:
+                    pieces = decoder.pieces(data, chunk.codec, chunk.size)
+                except codec.CorruptChunk as e:
+                    path = self.manifest.files[i].path
+                    raise ManifestRefused("chunk_undecodable", f"chunk {j} of {path!r} ({job.blob}): {e}") from e
+                self.partial.write(i, j, pieces)
         if drop:
             self.store.drop_blob(job.blob)
 

@@ -1,4 +1,4 @@
-"""What the tree cannot say: ids, last use, pins. Lost or damaged, it starts empty and the tree fills it again."""
+"""What the tree cannot say: ids, last use, proofs. Lost or damaged, it starts empty and the tree fills it again."""
 
 import logging
 import sqlite3
@@ -16,14 +16,17 @@ log = logging.getLogger("xim_agent.cache")
 
 _SCHEMA = """CREATE TABLE models(
   manifest TEXT PRIMARY KEY, id TEXT NOT NULL, name TEXT NOT NULL, revision TEXT NOT NULL,
-  size INTEGER NOT NULL, used REAL NOT NULL, pinned INTEGER NOT NULL DEFAULT 0)"""
+  size INTEGER NOT NULL, used REAL NOT NULL, verified INTEGER NOT NULL)"""
 _CONTENTS = [("table", "models", _SCHEMA), ("index", "sqlite_autoindex_models_1", None)]
 _LIMIT = 4 * 1024 * 1024  # bytes; a model takes about 300
 
 
 @dataclass(frozen=True)
 class Entry:
-    """`size`: bytes of the files; `used`: Unix seconds of the last use."""
+    """`size`: bytes of the files; `used`: Unix seconds of the last use.
+
+    `verified`: 1 when the files that the chunks make had the digests of the manifest once.
+    """
 
     manifest: str
     id: str
@@ -31,7 +34,7 @@ class Entry:
     revision: str
     size: int
     used: float
-    pinned: int = 0
+    verified: int = 0
 
 
 class Index:
@@ -67,17 +70,19 @@ class Index:
         return {entry.manifest: entry for entry in _entries(self._db)}
 
     def add(self, entry: Entry) -> None:
-        """Adds or replaces, but for the pin."""
+        """Adds or replaces."""
         self._insert(entry)
         self._save()
 
     def _insert(self, entry: Entry) -> None:
         self._db.execute(
-            "INSERT INTO models VALUES (:manifest, :id, :name, :revision, :size, :used, :pinned)"
-            " ON CONFLICT(manifest) DO UPDATE SET id=excluded.id, name=excluded.name, revision=excluded.revision,"
-            " size=excluded.size, used=excluded.used",
+            "INSERT OR REPLACE INTO models VALUES (:manifest, :id, :name, :revision, :size, :used, :verified)",
             asdict(entry),
         )
+
+    def verified(self, manifest: str) -> bool:
+        found = self._db.execute("SELECT verified=1 FROM models WHERE manifest=?", (manifest,)).fetchone()
+        return bool(found and found[0])
 
     def touch(self, manifest: str, used: float) -> None:
         """On the disk with the next other change, or with `save`."""
@@ -118,7 +123,7 @@ def _new() -> sqlite3.Connection:
 
 
 def _entries(db: sqlite3.Connection) -> list[Entry]:
-    rows = db.execute("SELECT manifest, id, name, revision, size, used, pinned FROM models")
+    rows = db.execute("SELECT manifest, id, name, revision, size, used, verified FROM models")
     return [Entry(*row) for row in rows]
 
 

@@ -45,6 +45,7 @@ class Operation:
         self.report, self.release = report, release
         self.data, self.manifest = b"", Manifest(0, "", "", ())
         self.partial: Partial | None = None
+        self.verified = cache.store.index.verified(digest)
 
     async def run(self) -> Path:
         """The ready directory. Raises as `Cache.ensure`."""
@@ -82,6 +83,7 @@ class Operation:
         except AgentError as e:
             refusal = e
         if refusal is None:
+            self.verified = True
             return
         if isinstance(refusal, ManifestRefused) or not (self.partial and self.partial.done):
             await _thread(self.store.drop_partial, self.digest)
@@ -140,6 +142,7 @@ class Operation:
             rand=cache.rand,
             trouble=self._trouble,
             room=self._room,
+            verified=self.verified,
         )
 
     async def _steps(self, need: Need) -> None:
@@ -165,8 +168,10 @@ class Operation:
         return todo, {(s.what, s.key): cause(s, inventory, limits) for s in todo.steps if isinstance(s, Evict)}
 
     def _remember(self) -> None:
-        now, model = self.cache.clock.now(), self.model
-        self.store.index.add(Entry(self.digest, model.id, model.name, model.revision, self.manifest.size, now))
+        now, model, verified = self.cache.clock.now(), self.model, int(self.verified)
+        self.store.index.add(
+            Entry(self.digest, model.id, model.name, model.revision, self.manifest.size, now, verified)
+        )
         for key, partial in self.store.scan().partials.items():
             if partial.used < now - STALE:
                 self.store.drop_partial(key)

@@ -261,9 +261,8 @@ class Cache:
 
         Blocks; raises OSError, sqlite3.Error.
         """
-        pinned = frozenset(e.manifest for e in self.store.index.entries().values() if e.pinned)
         in_use = self.in_use
-        holds = Holds(in_use, pinned) if can_drain else Holds(frozenset(), pinned | in_use)
+        holds = Holds(in_use) if can_drain else Holds(pinned=in_use)
         return self.store.scan(), self.limits(), holds
 
     def limits(self) -> Limits:
