@@ -88,7 +88,6 @@ class Poller:
         self._soft_at = float("-inf")
         self._empty = 0
         sender.freed = self.changed
-        link.on_back = self._replace
 
     # what others ask for
 
