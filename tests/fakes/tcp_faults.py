@@ -8,7 +8,7 @@ import re
 import struct
 from collections import Counter
 from contextlib import suppress
-from socket import SO_LINGER, SOL_SOCKET
+from socket import SO_LINGER, SO_REUSEADDR, SOL_SOCKET
 from typing import Any, Literal
 
 import trio
@@ -71,6 +71,8 @@ class FaultProxy:
         self.calls = 0
         self._dice = random.Random(seed)
         self._plugged = trio.CancelScope()
+        self._pulled = False
+        self._dead: list[trio.SocketStream] = []
         self._nursery: Any = None
 
     @property
@@ -84,11 +86,46 @@ class FaultProxy:
         async with trio.open_nursery() as self._nursery:
             await self.plug()
             task_status.started()
-            await trio.sleep_forever()
+            try:
+                await trio.sleep_forever()
+            finally:
+                for stream in self._dead:
+                    stream.socket.close()
 
     async def plug(self) -> None:
         """Listens, at the same port as before."""
+        self._plugged.cancel()
+        self._pulled = False
         await self._nursery.start(self._listen)
+
+    async def pull(self, *, accepts: bool) -> None:
+        """As if the cable were pulled: what is under way is lost, and neither side learns of it, not even later.
+
+        `accepts`: somebody before the cut takes new connections; else they hang too.
+        """
+        self._pulled = True
+        self._plugged.cancel()
+        await self._nursery.start(self._accept_and_keep if accepts else self._full)
+
+    async def _accept_and_keep(self, task_status: trio.TaskStatus[None]) -> None:  # noqa: ASYNC128
+        with trio.CancelScope() as self._plugged:
+            listeners = await trio.open_tcp_listeners(self.port, host="127.0.0.1")
+
+            async def keep(stream: trio.SocketStream) -> None:
+                self._dead.append(stream)
+                await trio.sleep_forever()
+
+            await trio.serve_listeners(keep, listeners, task_status=task_status)  # type: ignore[call-overload]
+
+    async def _full(self, task_status: trio.TaskStatus[None]) -> None:  # noqa: ASYNC128
+        """The kernel drops what would begin a connection while the queue of a listener is full."""
+        with trio.CancelScope() as self._plugged, trio.socket.socket() as listening, trio.socket.socket() as filler:
+            listening.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
+            await listening.bind(("127.0.0.1", self.port))
+            listening.listen(0)
+            await filler.connect(("127.0.0.1", self.port))
+            task_status.started()
+            await trio.sleep_forever()
 
     def unplug(self) -> None:
         """Every connection ends, and new ones are refused."""
@@ -111,9 +148,12 @@ class FaultProxy:
         except (Left, *BROKEN):
             pass
         finally:
-            near.close(reset=self._dice.random() < 0.3)
-            if far is not None:
-                far.close()
+            if self._pulled:
+                self._dead += [wire.stream for wire in (near, far) if wire is not None]
+            else:
+                near.close(reset=self._dice.random() < 0.3)
+                if far is not None:
+                    far.close()
 
     async def _connect(self) -> Wire:
         return Wire(await trio.open_tcp_stream("127.0.0.1", self.target))

@@ -37,6 +37,14 @@ async def killing(path: DataPath, kill: Callable[[], Any], seconds: float, times
 async def test_router_is_killed(tmp_path: Path, seed: int, autojump_clock: Any) -> None:
     """Its clients lose their answers; the agent drops what nobody knows any more, and all else is served."""
     async with data_path(tmp_path, seed=seed) as path:
+        whole = path.engine.script
+
+        def some_end_late(body: bytes) -> Any:
+            """So that whenever the router is killed, something runs still when it is back."""
+            yield from whole(body)
+            yield 3.0 if sum(body) % 10 == 0 else 0.0, b""
+
+        path.engine.script = some_end_late
 
         async def kill() -> None:
             path.kill_router()
@@ -141,6 +149,44 @@ async def test_router_is_away(tmp_path: Path, seconds: int, autojump_clock: Any)
             assert set(outcomes) <= {"complete", "engine_lost", "endpoint_inactive", "capacity_exceeded"}
         await path.ask_many(10)
         assert path.outcomes()["complete"] == outcomes["complete"] + 10
+
+
+@pytest.mark.parametrize(
+    ("seconds", "accepts", "streams"),
+    [
+        (30, True, STREAMS), (60, False, 0),
+        *(pytest.param(*case, marks=pytest.mark.full) for case in (
+            (12, True, STREAMS), (12, False, STREAMS), (13, False, STREAMS), (14, True, STREAMS), (30, False, STREAMS),
+            (120, True, STREAMS), (600, False, STREAMS), (600, True, STREAMS), (60, True, 0), (600, False, 0),
+        )),
+    ],
+)  # fmt: skip
+async def test_cable_is_pulled(
+    tmp_path: Path, seconds: int, accepts: bool, streams: int, autojump_clock: Any
+) -> None:
+    """No call ends by itself: those under way when it happens, and those that are made meanwhile."""
+    async with data_path(tmp_path) as path:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(path.ask_many, streams)
+            await trio.sleep(0.5)
+            await path.proxy.pull(accepts=accepts)
+            calls = path.agent.router.statistics().calls
+            await trio.sleep(seconds)
+            assert path.agent.router.statistics().calls - calls <= seconds + 3
+            assert not path.agent.link.up
+            await path.proxy.plug()
+            back = trio.current_time()
+            await path.back()
+            assert trio.current_time() - back < 2
+            if seconds < path.limits.queue_wait:
+                assert (await path.ask(b"after it")).outcome is COMPLETE
+                assert trio.current_time() - back < 5
+        await path.flushed()
+        path.check()
+        outcomes = path.outcomes()
+        if seconds < path.limits.queue_wait:
+            assert set(outcomes) == {"complete"}
+        assert set(outcomes) <= {"complete", "engine_lost", "endpoint_inactive", "capacity_exceeded"}
 
 
 @pytest.mark.parametrize("status", [502, 503, 504])

@@ -2,7 +2,7 @@
 
 import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -20,6 +20,9 @@ Kind = Literal["poll", "events"]
 # than the backoff would; that is still below one attempt per second on average.
 QUICK_FOR = 660.0
 QUICK_CAP = 1.5
+# The one call that may be made while the router is away may hang for 10 s: what it sent is lost, or nobody answers its
+# connection. Meanwhile others ask beside it, so that in every such span the router can show that it is back.
+KNOCK_SECONDS = 1.5
 # What a proxy in front of a router says while that restarts.
 AWAY = frozenset({None, 502, 503, 504})
 # So many calls in a row without a reply, and the next router is tried.
@@ -31,6 +34,8 @@ class Link:
 
     While the link is up every call may go. After a failure nobody goes before the backoff has passed, and then one call
     alone, until one of those has succeeded. `unreachable` is called after every third call in a row without a reply.
+
+    When the router is back, calls that hang since before then are cut: whatever they wait for has been lost.
     """
 
     def __init__(
@@ -41,8 +46,6 @@ class Link:
         rand: Callable[[], float] = random.random,
     ) -> None:
         self.up = False
-        # Called when events got through again: a poll sent before the outage may hang on a dead connection.
-        self.on_back: Callable[[], None] = lambda: None
         self._health = health
         self._unreachable = unreachable
         self._unanswered = 0
@@ -51,6 +54,7 @@ class Link:
         self._changed = Watch()
         self._until = float("-inf")
         self._probing = False
+        self._began: dict[trio.CancelScope, float] = {}  # of every call under way
         self._failures = 0
         self._down_since: float | None = None
         self._last: tuple[Kind, RouterError] | None = None
@@ -73,29 +77,71 @@ class Link:
 
     @contextmanager
     def call(self, kind: Kind) -> Iterator[None]:
-        """Notes how the call inside ends; a RouterError passes on."""
-        failures = self._failures
+        """Notes how the call inside ends; a RouterError passes on. One that is cut raises RouterError `silence`."""
+        failures, began = self._failures, trio.current_time()
         probe = not self.up
         self._probing = self._probing or probe
+        scope = trio.CancelScope()
+        self._began[scope] = began
         try:
-            yield
+            with scope:
+                yield
         except RouterError as error:
             # A call that began before another one failed tells nothing new.
             if failures == self._failures:
-                self._failed(kind, error)
+                self._failed(kind, error, began if probe else trio.current_time())
             raise
         else:
+            if scope.cancelled_caught:
+                raise RouterError("silence", "given up: the router, back again, answers later calls")
             if failures == self._failures:
-                self._answered(kind)
+                self._answered(kind, began)
         finally:
+            del self._began[scope]
             if probe:
                 self._probing = False
             self._changed.bump()
 
-    def _answered(self, kind: Kind) -> None:
-        back = self._down_since is not None
+    async def knock(self, ask: Callable[[], Awaitable[object]]) -> None:
+        """Until cancelled: asks beside a call that hangs. `ask` is a call that changes nothing and is answered at once.
+
+        Counts as a call that is answered, or not at all. Cancelling leaves nothing behind.
+        """
+        last = float("-inf")
+        while True:
+            if not self._knocks():
+                await self._changed.wait_beyond(self._changed.version)
+                continue
+            due = max(last, max(self._began.values(), default=trio.current_time())) + KNOCK_SECONDS
+            if trio.current_time() < due:
+                await trio.sleep_until(due)
+                continue
+            last = trio.current_time()
+            if self._probing and await self._hears(ask):
+                self._answered("events", last)
+                self._changed.bump()
+
+    def _knocks(self) -> bool:
+        return not self.up and self._last is not None and self._last[1].status is None and self._quick()
+
+    def _quick(self) -> bool:
+        return self._down_since is not None and trio.current_time() - self._down_since < QUICK_FOR
+
+    async def _hears(self, ask: Callable[[], Awaitable[object]]) -> bool:
+        with trio.move_on_after(KNOCK_SECONDS):
+            try:
+                await ask()
+            except RouterError as error:
+                return error.status not in AWAY
+            return True
+        return False
+
+    def _answered(self, kind: Kind, began: float) -> None:
         if self._down_since is not None:
             log.info("router answers again", extra={"seconds": round(trio.current_time() - self._down_since, 1)})
+            for scope, since in self._began.items():
+                if since < min(began, trio.current_time() - KNOCK_SECONDS):
+                    scope.cancel()
         self.up = True
         self._unanswered = 0
         self._down_since = None
@@ -104,12 +150,10 @@ class Link:
             self._backoff.reset()
             self._last = None
         self._health.clear("router_unreachable")
-        if back and kind == "events":
-            self.on_back()
 
-    def _failed(self, kind: Kind, error: RouterError) -> None:
+    def _failed(self, kind: Kind, error: RouterError, since: float) -> None:
         if error.action is Action.WAIT or (error.action is Action.FINAL and kind == "events"):
-            self._answered(kind)  # the router is there; what it refuses is the caller's business
+            self._answered(kind, since)  # the router is there; what it refuses is the caller's business
             return
         now = trio.current_time()
         self._failures += 1
@@ -123,7 +167,8 @@ class Link:
             self._unanswered = 0
             self._unreachable()
         delay = self._backoff.next(self._rand())
-        if error.status in AWAY and now - self._down_since < QUICK_FOR:
+        if error.status in AWAY and self._quick():
             delay = min(delay, QUICK_CAP)
-        self._until = now + max(delay, min(error.retry_after or 0.0, 300.0))
+        # While it is away: from the begin of the call, so that one that has hung for long is followed at once.
+        self._until = max(since + delay, now + min(error.retry_after or 0.0, 300.0))
         self._health.set("router_unreachable", error.message, error.hint)

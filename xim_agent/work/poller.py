@@ -89,7 +89,6 @@ class Poller:
         self._empty = 0
         self.beats = 0  # grows when a poll, or a wait between two, has ended
         sender.freed = self.changed
-        link.on_back = self._replace
 
     # what others ask for
 

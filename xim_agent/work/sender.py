@@ -163,6 +163,8 @@ class Sender:
             for _ in range(MAX_IN_FLIGHT):
                 nursery.start_soon(self._work)
             nursery.start_soon(self._end_lapsed)
+            # Events without frames ask for nothing but an answer.
+            nursery.start_soon(self._link.knock, lambda: self._router.events(self._boot, ()))
 
     async def _work(self) -> None:
         while True:
