@@ -65,7 +65,9 @@ def booted(root: Path) -> Iterator[Machine]:
     name = f"xim-{os.getpid()}-{time.monotonic_ns()}"
     for tree in ("systemd", "unified"):
         (CGROUPS / tree / name).mkdir()
-    command = ["systemd-nspawn", "-q", "-D", str(root), "--register=no", "--keep-unit", "--private-network", "-b"]
+    # A test run that is killed takes its machine along.
+    command = ["setpriv", "--pdeathsig", "TERM", "systemd-nspawn", "-q", "-D", str(root)]
+    command += ["--register=no", "--keep-unit", "--private-network", "-b"]
     with (root.parent / "boot.log").open("wb") as log:
         nspawn = subprocess.Popen(
             ["sh", "-c", ENTER, name, *command],
