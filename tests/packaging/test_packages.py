@@ -1,4 +1,4 @@
-"""Packages around a stand-in for the frozen program. The real one is installed in test_packages_installed.py."""
+"""Packages around a stand-in for the frozen program. The real one is installed in test_installed.py."""
 
 import gzip
 import json
