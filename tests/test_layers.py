@@ -52,7 +52,7 @@ CLOCKS = {"now", "today", "utcnow"}  # of datetime
 SHARED = {"errors", "outcome", "backoff", "clock", "watch", "health", "files", "text", "prctl", "log"}
 WIRING = {"agent", "assemble", "outside", "__main__"}
 NURSERIES = {
-    *("agent", "cli.local", "cli.router", "cli.run", "engine.process", "cache.download", "cache.service"),
+    *("agent", "cli.local", "cli.park", "cli.router", "cli.run", "engine.process", "cache.download", "cache.service"),
     *("work.sender", "metrics.server", "control.server", "router.app", "cli.doctor_look"),
 }
 FORK = {"engine.guard"}

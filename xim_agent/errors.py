@@ -5,7 +5,7 @@ from enum import IntEnum
 
 
 class Exit(IntEnum):
-    """Exit codes of the executable; systemd does not restart on 2, 10-15, 77 and 78."""
+    """Exit codes of the executable; systemd does not restart on those of `FINAL`: 2, 10-15, 77 and 78."""
 
     OK = 0
     MISSING = 1
@@ -22,6 +22,15 @@ class Exit(IntEnum):
     BUG = 70
     STATE = 77
     CONFIG = 78
+
+
+# Trying the same again would end the same way: a person has to act first.
+FINAL = frozenset(
+    {
+        *(Exit.USAGE, Exit.JOIN_KEY_REFUSED, Exit.CREDENTIAL_REVOKED, Exit.REMOVED, Exit.PROTOCOL),
+        *(Exit.ALREADY_RUNNING, Exit.TOKEN_REFUSED, Exit.STATE, Exit.CONFIG),
+    }
+)
 
 
 class AgentError(Exception):

@@ -131,5 +131,6 @@ NOT_ON_A_CPU = {
 STAYS = {
     "ALLOW_UNSAFE_FILES": "of the model cache", "MODEL_CACHE_MAX_SIZE_GB": "of the model cache",
     "MODEL_CACHE_DOWNLOADS": "of the model cache", "VLLM_SALT_SECRET_FILE": "read by the agent",
+    "ON_FINAL_ERROR": "how the agent ends",
     "ENGINE_START_STALL_SECONDS": "of the agent's own watch", "ENGINE_HANG_SECONDS": "of the agent's own watch",
 }  # fmt: skip

@@ -34,13 +34,14 @@ def configured(flags: Mapping[str, Any], defaults: Mapping[str, str] | None = No
     from xim_agent.cli.private import keep_private
 
     log.setup()
-    config = sources.load(flags, os.environ, defaults)
     proxies = {name: value for name, value in os.environ.items() if name.lower().endswith("_proxy")}
+    secret = [option for option in OPTIONS if option.meta["secret"] or option.meta["repeat"]]
+    # First: with a wrong setting the process may stay, too.
+    keep_private([*proxies, *(option.env for option in secret)], [option.flag for option in secret])
+    config = sources.load(flags, os.environ, defaults)
     words = secret_words(config.vllm_args, [*config.vllm_env, *_others(os.environ)], proxies.values())
     payload = (config.join_key or "").partition("_")[2].partition("_")[2]  # the secret part also without its head
     log.hide(config.join_key, payload, config.vllm_salt_secret, *words)
-    secret = [option for option in OPTIONS if option.meta["secret"] or option.meta["repeat"]]
-    keep_private([*proxies, *(option.env for option in secret)], [option.flag for option in secret])
     log.setup(config.log_level, config.log_format)
     return config
 

@@ -22,7 +22,7 @@ from xim_agent.errors import AgentError, Exit
 
 QUESTION = "What is the capital of France? Answer in one sentence."
 _DEFAULT_PORT = 8080
-_FIXED = {"join_key", "join_key_file", "router_url", "allow_insecure", "config_path", "name"}
+_FIXED = {"join_key", "join_key_file", "router_url", "allow_insecure", "config_path", "name", "on_final_error"}
 
 
 @dataclass(frozen=True)

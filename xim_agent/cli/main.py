@@ -13,6 +13,7 @@ _COMMANDS = {
     "run": "Serve models as a worker of a router; enrolls first when there is no credential",
     "enroll": "Enroll with a join key and exit",
     "leave": "Deregister this agent at the router and set its credential aside",
+    "healthcheck": "Whether the running agent is ready, by its exit code; for containers",
     "status": "How the running agent is, and why it is idle",
     "drain": "Have the running agent take no more requests, and wait until none runs",
     "resume": "Have it take requests again",

@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -44,7 +44,12 @@ def code_of(error: BaseException) -> int:
     named = [e for e in found if isinstance(e, AgentError)]
     for leaf in {(e.code, e.message): e for e in named}.values():  # two services may meet the same wall
         show(leaf)
-    return max((e.exit_code for e in named), key=lambda code: code != Exit.BUG)
+    return code_of_named(named)
+
+
+def code_of_named(found: Sequence[AgentError]) -> int:
+    """The exit code of what may be several errors: the first that is no bug's."""
+    return max((e.exit_code for e in found), key=lambda code: code != Exit.BUG)
 
 
 def guarded(action: Callable[[], Any]) -> int:

@@ -1,8 +1,10 @@
 import sys
+from functools import partial
 from typing import Any
 
 from xim_agent.cli.common import configured
 from xim_agent.cli.options import agent_command
+from xim_agent.cli.park import or_park
 
 
 async def _run(config: Any, guard: Any) -> None:
@@ -15,12 +17,11 @@ async def _run(config: Any, guard: Any) -> None:
     async with assemble(config, guard) as made, trio.open_nursery() as nursery:
         if sys.stderr.isatty():
             nursery.start_soon(show_transfers, lambda: made.assignment.progress)
-        await agent.run(made.parts)
+        await agent.run(made.parts, stop=made.stop)
         nursery.cancel_scope.cancel()
 
 
-@agent_command("run", "Serve models as a worker of a router; enrolls first when there is no credential.")
-def command(**flags: Any) -> None:
+def _serve(flags: dict[str, Any]) -> None:
     config = configured(flags)
 
     from xim_agent.engine.guard import Guard, die_with_parent
@@ -35,3 +36,8 @@ def command(**flags: Any) -> None:
         trio.run(_run, config, guard)
     finally:
         guard.close()
+
+
+@agent_command("run", "Serve models as a worker of a router; enrolls first when there is no credential.")
+def command(**flags: Any) -> None:
+    or_park(partial(_serve, flags), flags)

@@ -1,11 +1,14 @@
 import json
 import time
+from contextlib import suppress
 from typing import Any
 
 import click
 
+from xim_agent.cli.healthcheck import ask as over_http
 from xim_agent.cli.operate import CODES, ONLY, ask
 from xim_agent.cli.options import AgentCommand
+from xim_agent.errors import AgentError
 
 
 @click.command(
@@ -16,12 +19,29 @@ from xim_agent.cli.options import AgentCommand
 )
 @click.option("--json", "as_json", is_flag=True, help="Print all of it as one JSON object, as `/status` has it")
 def command(as_json: bool, **flags: Any) -> None:
-    found = ask(flags, "status", {})
+    try:
+        found = ask(flags, "status", {})
+    except AgentError as error:
+        if error.code != "agent_absent" or (found := _parked()) is None:
+            raise
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return
-    from xim_agent.cli.status_show import lines
     from xim_agent.cli.table import plain
 
-    for name, text in lines(found, time.time()):
+    if found.get("parked"):
+        shown = [("idle", reason) for reason in found["idle"]]
+    else:
+        from xim_agent.cli.status_show import lines
+
+        shown = list(lines(found, time.time()))
+    for name, text in shown:
         click.echo(plain(f"{name:<10}{text}"))
+
+
+def _parked() -> Any:
+    """What an agent says that stays after a final error: it has no cache, so only its metrics port is left to ask."""
+    with suppress(AgentError, ValueError):
+        found = json.loads(over_http("/status", {})[1])
+        return found if isinstance(found, dict) and found.get("parked") is True else None
+    return None

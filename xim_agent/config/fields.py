@@ -146,6 +146,9 @@ class Config:
     drain_timeout_seconds: float = option(
         120, "How long running requests may go on after a stop is asked for", group="stop", low=0, high=86400
     )
+    on_final_error: Literal["exit", "park"] = option(
+        "exit", "After an error that trying again cannot cure; park: stay, not ready, and tell the cause", group="stop"
+    )
 
 
 @dataclass(frozen=True)

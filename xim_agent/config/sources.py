@@ -5,16 +5,19 @@ import os
 from collections.abc import Mapping, MutableMapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from xim_agent.config.config import Raw, parse, unknown_variables
-from xim_agent.config.fields import OPTIONS, PREFIX, Config
+from xim_agent.config.fields import OPTIONS, PREFIX, Config, Option
 from xim_agent.errors import AgentError, Exit
 
 log = logging.getLogger("xim_agent.config")
 
+Flags = Mapping[str, str | tuple[str, ...] | bool | None]
+
 
 def load(
-    flags: Mapping[str, str | tuple[str, ...] | bool | None],
+    flags: Flags,
     environ: MutableMapping[str, str],
     defaults: Mapping[str, str] | None = None,
 ) -> Config:
@@ -25,17 +28,13 @@ def load(
     """
     raw: dict[str, Raw] = {attr: Raw(word, "built-in default") for attr, word in (defaults or {}).items()}
     for option in OPTIONS:
-        given = flags.get(option.attr)
-        word = environ.get(option.env, "")
+        given = _given(option, flags, environ)
         if option.meta["secret"]:
             environ.pop(option.env, None)
-        if given is not None and given != () and given is not False:
-            if option.meta["secret"]:
+            if given is not None and given.origin == option.flag:
                 log.warning(f"{option.flag} shows the secret in the process list; use {option.env}_FILE")
-            value = ("0" if option.meta["off_flag"] else "1") if given is True else given
-            raw[option.attr] = Raw(value, option.flag)
-        elif word.strip():
-            raw[option.attr] = Raw(word, option.env)
+        if given is not None:
+            raw[option.attr] = given
     for warning in unknown_variables(list(environ)):
         log.warning(warning)
     _take_secret(raw, "vllm_salt_secret", environ)
@@ -47,6 +46,24 @@ def load(
     with suppress(OSError):  # it may have been removed
         cwd = Path.cwd()
     return parse(raw, Path(environ.get("HOME") or Path.home()), cwd)
+
+
+def alone(attr: str, flags: Flags, environ: Mapping[str, str]) -> Any:
+    """One setting by itself, whatever is wrong with the others; of a wrong word of its own the default."""
+    option = next(option for option in OPTIONS if option.attr == attr)
+    given = _given(option, flags, environ)
+    try:
+        return getattr(parse({attr: given} if given else {}, Path("/"), Path("/")), attr)
+    except AgentError:
+        return option.default
+
+
+def _given(option: Option, flags: Flags, environ: Mapping[str, str]) -> Raw | None:
+    given, word = flags.get(option.attr), environ.get(option.env, "")
+    if given is not None and given != () and given is not False:
+        value = ("0" if option.meta["off_flag"] else "1") if given is True else given
+        return Raw(value, option.flag)
+    return Raw(word, option.env) if word.strip() else None
 
 
 def join_key(config: Config) -> str | None:
