@@ -17,7 +17,7 @@ from environment import ROOT, run
 from sbom import sbom_of
 
 sys.path.insert(0, str(ROOT))
-from xim_agent import __version__  # noqa: E402
+from xim_agent import __version__
 
 NAME = "xerotier-xim-agent"
 PACKAGING = ROOT / "packaging"
