@@ -149,9 +149,14 @@ def test_images_of_ours_are_built_and_never_pulled(file: str) -> None:
         assert one["pull_policy"] == "never"
         built = one["build"]
         assert built["context"] == str(ROOT)
+        dockerfile = (ROOT / built["dockerfile"]).read_text()
         name = OURS.search(one["image"])
         assert name
-        assert name[1] in built["dockerfile"]
+        assert built["dockerfile"] == f"build/images/{name[1]}.Dockerfile"
+        if name[1] != "xim-router":
+            for word, value in DEFAULTS.items():
+                assert f"{word}={value}" in dockerfile
+            assert all(place in dockerfile for place in mounts(agent("compose.agent-cpu.yaml")))
 
 
 @pytest.mark.parametrize("file", STACKS)
