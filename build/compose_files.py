@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = ROOT / "build" / "compose-agent.yaml.in"
 HOME = "/var/lib/inference"
 WIDEST = max(len(option.env) for option in OPTIONS)
-DEFAULTS = {"XEROTIER_AGENT_ON_FINAL_ERROR": "park"}  # Compose starts again whatever the exit code was
+# As the images have them, so that an empty variable counts as unset: Compose starts again whatever the exit code was.
+DEFAULTS = {"XEROTIER_AGENT_VLLM_PATH": "/opt/vllm/bin/vllm", "XEROTIER_AGENT_ON_FINAL_ERROR": "park"}
 MARGIN = 5  # seconds a supervisor waits longer than the longest stop
 
 NVIDIA = """    deploy:
@@ -98,7 +99,7 @@ def row(name: str, meaning: str, widest: int) -> str:
 
 
 def environment() -> str:
-    # Without a value, so that an image's own default stands where nothing is set.
+    # Else without a value: what is not set is not in there.
     values = {name: f" ${{{name}:-{value}}}" for name, value in DEFAULTS.items()}
     return "\n".join(f"      {option.env}:{values.get(option.env, '')}" for option in OPTIONS)
 

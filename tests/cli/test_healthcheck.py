@@ -58,7 +58,7 @@ def check(*flags: str, **settings: str) -> subprocess.CompletedProcess[str]:
 def test_the_exit_code_is_the_readiness_and_reasons_are_printed(status: int, text: str, code: int) -> None:
     with agent(status, text) as port:
         done = check(METRICS_PORT=str(port), METRICS_HOST="0.0.0.0")
-    assert (done.returncode, done.stdout, done.stderr) == (code, text, "")
+    assert (done.returncode, done.stdout, done.stderr) == (code, text * code, "")
 
 
 def test_a_flag_wins_over_a_variable() -> None:

@@ -28,6 +28,9 @@ def writer() -> ModuleType:
     return build_module("compose_files")
 
 
+DEFAULTS = {"XEROTIER_AGENT_VLLM_PATH": "/opt/vllm/bin/vllm", "XEROTIER_AGENT_ON_FINAL_ERROR": "park"}
+
+
 def agent(file: str, **env: str) -> dict[str, Any]:
     found: dict[str, Any] = rendered(file, env=env)["services"]["agent"]
     return found
@@ -81,7 +84,7 @@ def test_every_variable_reaches_the_agent_and_an_unset_one_does_not(file: str) -
     seen = agent(file, **given)["environment"]
     assert seen == given
     kept = {name: value for name, value in agent(file)["environment"].items() if value is not None}
-    assert kept == {"XEROTIER_AGENT_ON_FINAL_ERROR": "park"}, "a wrong key is not tried again for ever"
+    assert kept == DEFAULTS
     empty = agent(file, **dict.fromkeys(given, ""))["environment"]
     assert {name: value for name, value in empty.items() if value} == kept
 
@@ -146,9 +149,14 @@ def test_images_of_ours_are_built_and_never_pulled(file: str) -> None:
         assert one["pull_policy"] == "never"
         built = one["build"]
         assert built["context"] == str(ROOT)
+        dockerfile = (ROOT / built["dockerfile"]).read_text()
         name = OURS.search(one["image"])
         assert name
-        assert name[1] in built["dockerfile"]
+        assert built["dockerfile"] == f"build/images/{name[1]}.Dockerfile"
+        if name[1] != "xim-router":
+            for word, value in DEFAULTS.items():
+                assert f"{word}={value}" in dockerfile
+            assert all(place in dockerfile for place in mounts(agent("compose.agent-cpu.yaml")))
 
 
 @pytest.mark.parametrize("file", STACKS)

@@ -1,12 +1,17 @@
 """The live page: what it says of each agent, who may see it, and that it brings nothing from elsewhere."""
 
+import ipaddress
 import json
 import re
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import trio
 from fakes.agent import MODEL, Bench, FakeAgent, answer
+from starlette.requests import Request
+
+from xim_agent.router.replies import ApiError
 
 
 async def shown(bench: Bench) -> dict[str, Any]:
@@ -115,6 +120,24 @@ async def test_public_name_does_not_open_it(bench: Bench) -> None:
     bench.store.serve_at(["https://router.example"], bench.url)
     async with bench.http() as http:
         assert (await http.get("/", headers={"host": "router.example"})).status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("remote", "host", "seen"),
+    [
+        ("172.18.0.1", "127.0.0.1:8080", True),
+        ("172.18.0.1", "router", False),
+        ("192.0.2.1", "127.0.0.1:8080", False),
+        ("", "127.0.0.1:8080", False),
+        ("::1", "localhost", True),
+    ],
+)
+async def test_a_network_that_the_operator_names_sees_it_too(bench: Bench, remote: str, host: str, seen: bool) -> None:
+    page = bench.router.dashboard
+    page.also = (ipaddress.ip_network("172.16.0.0/12"),)
+    caller = Request({"type": "http", "client": (remote, 5) if remote else None, "headers": [(b"host", host.encode())]})
+    with nullcontext() if seen else pytest.raises(ApiError):
+        page.viewer(caller)
 
 
 @pytest.mark.parametrize("devices", [5, "H100", {"name": "x"}, None, [5, None]])

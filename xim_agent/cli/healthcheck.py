@@ -48,7 +48,10 @@ def ask(path: str, flags: Mapping[str, Any]) -> tuple[int, str]:
 
 
 @click.command("healthcheck", cls=AgentCommand, only=frozenset(METRICS), help=_HELP)
-def command(**flags: Any) -> int:
-    status, text = ask("/readyz", flags)
+@click.option("--path", default="/readyz", show_default=True, help="What to ask for; of a router: /")
+def command(path: str, **flags: Any) -> int:
+    status, text = ask(path, flags)
+    if status == 200:
+        return Exit.OK
     click.echo(text, nl=False)
-    return Exit.OK if status == 200 else Exit.MISSING
+    return Exit.MISSING

@@ -22,6 +22,15 @@ command.add_command(router_agents.command)
 command.add_command(router_models.command)
 
 
+def _networks(ctx: click.Context, param: click.Parameter, words: tuple[str, ...]) -> tuple[Any, ...]:
+    import ipaddress
+
+    try:
+        return tuple(ipaddress.ip_network(word) for word in words)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
 @command.command()
 @click.option("--listen", default="127.0.0.1:8080", show_default=True, metavar="HOST:PORT", help="Where to listen")
 @click.option(
@@ -33,8 +42,23 @@ command.add_command(router_models.command)
 )
 @click.option("--tls-cert", type=_PEM, help="Certificate chain, PEM; needs --tls-key")
 @click.option("--tls-key", type=_PEM, help="Private key of the certificate, PEM")
+@click.option(
+    "--dashboard-from",
+    "viewers",
+    multiple=True,
+    callback=_networks,
+    metavar="NETWORK",
+    help="Show the dashboard to this network as well, as 10.0.0.0/8 (repeatable)  [default: to this machine]",
+)
 @DATA
-def serve(listen: str, public_urls: tuple[str, ...], tls_cert: Path | None, tls_key: Path | None, data: Path) -> None:
+def serve(
+    listen: str,
+    public_urls: tuple[str, ...],
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    viewers: tuple[Any, ...],
+    data: Path,
+) -> None:
     """Run the router until SIGINT or SIGTERM."""
     import trio
 
@@ -51,11 +75,16 @@ def serve(listen: str, public_urls: tuple[str, ...], tls_cert: Path | None, tls_
         _check_url(url)
     raise_file_limit()
     with router_lock(data), Store.open(data) as store:
-        trio.run(_serve, store, listen, public_urls, tls_cert, tls_key)
+        trio.run(_serve, store, listen, public_urls, tls_cert, tls_key, viewers)
 
 
 async def _serve(
-    store: Any, listen: str, public_urls: tuple[str, ...], tls_cert: Path | None, tls_key: Path | None
+    store: Any,
+    listen: str,
+    public_urls: tuple[str, ...],
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    viewers: tuple[Any, ...],
 ) -> None:
     import signal
     from functools import partial
@@ -66,6 +95,7 @@ async def _serve(
     from xim_agent.router.app import serve as run
 
     app = make_app(store)
+    app.dashboard.also = viewers
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with trio.open_nursery() as nursery:
             go = partial(run, app, listen, public_urls=public_urls, tls_cert=tls_cert, tls_key=tls_key)

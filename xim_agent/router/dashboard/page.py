@@ -33,12 +33,17 @@ _HEADERS = {
 
 
 class Dashboard:
-    """`paths`: handler by path. It has no accounts yet, so that it answers callers on the router's own machine only."""
+    """`paths`: handler by path. It has no accounts yet, so that it answers callers on the router's own machine only.
+
+    `also`: networks whose addresses count as that machine's. From a container with a port on the host's loopback, the
+    host has the address of a bridge.
+    """
 
     def __init__(self, store: Store, dispatch: Dispatch, clock: Clock) -> None:
         self._store = store
         self._dispatch = dispatch
         self._clock = clock
+        self.also: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = ()
         self.paths: dict[str, Callable[[Request, None], Awaitable[ASGIApp]]] = {
             "/": _File("index.html", "text/html"),
             "/dashboard/app.js": _File("app.js", "text/javascript"),
@@ -57,9 +62,17 @@ class Dashboard:
         except ValueError:
             host = ""
         forwarded = any(n in ("forwarded", "via", "x-real-ip") or n.startswith("x-forwarded-") for n in request.headers)
-        if forwarded or not _loopback(remote) or not _loopback(host):
+        if forwarded or not self._near(remote) or not _loopback(host):
             text = "The dashboard answers on the router's own machine only; reach it by `ssh -L 8080:127.0.0.1:8080`."
             raise ApiError(403, "dashboard_local", text)
+
+    def _near(self, remote: str) -> bool:
+        if _loopback(remote):
+            return True
+        try:
+            return any(ipaddress.ip_address(remote) in network for network in self.also)
+        except ValueError:
+            return False
 
     def snapshot(self) -> dict[str, Any]:
         """Everything the page shows."""
