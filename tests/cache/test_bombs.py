@@ -69,6 +69,7 @@ BOMBS = {
     "a block of the reserved kind": frame(SIZE, block(3, SIZE, b"1" * SIZE, last=True)),
     "no last block": frame(SIZE, block(0, SIZE, b"1" * SIZE)),
     "no blocks": frame(SIZE, b""),
+    "a million empty blocks": frame(SIZE, block(0, 0, b"") * 1_000_000 + ONES),
     "a reserved flag": frame(SIZE, flags=4 | 8),
     "a wrong checksum": frame(SIZE, checksum=bytes(4)),
     "no checksum": frame(SIZE, flags=0, checksum=b""),

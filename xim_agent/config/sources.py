@@ -1,4 +1,4 @@
-"""Where settings come from: flag over environment over file; an empty variable counts as unset."""
+"""Where settings come from: flag over environment over file; an empty one counts as unset."""
 
 import logging
 import os
@@ -26,6 +26,8 @@ def load(
     raw: dict[str, Raw] = {attr: Raw(word, "built-in default") for attr, word in (defaults or {}).items()}
     for option in OPTIONS:
         given = flags.get(option.attr)
+        if isinstance(given, str) and not given.strip():  # `--model-cache-path "$UNSET"` would be the current directory
+            given = None
         word = environ.get(option.env, "")
         if option.meta["secret"]:
             environ.pop(option.env, None)
