@@ -73,6 +73,7 @@ BOMBS = {
     "a reserved flag": frame(SIZE, flags=4 | 8),
     "a wrong checksum": frame(SIZE, checksum=bytes(4)),
     "no checksum": frame(SIZE, flags=0, checksum=b""),
+    "no checksum, and four bytes in its place": frame(SIZE, flags=0),
     "a dictionary": frame(SIZE, flags=4 | 1, dictionary=b"\7"),
     "a dictionary of four bytes": frame(SIZE, flags=4 | 3, dictionary=b"\7\7\7\7"),
     "a trailing byte": GOOD + b"\0",

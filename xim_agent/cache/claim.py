@@ -90,7 +90,7 @@ def check_ours(root: Path, folders: Iterable[str]) -> None:
 
     Raises AgentError `cache_format`, OSError.
     """
-    if os.path.lexists(root / MARK):
+    if os.path.lexists(root / MARK) or os.path.lexists(root / LOCK):
         return
     for name in folders:
         with suppress(FileNotFoundError, NotADirectoryError), os.scandir(root / name) as entries:
