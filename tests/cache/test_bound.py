@@ -324,6 +324,7 @@ async def test_the_reserve_of_the_disk_is_left_to_others(tmpfs: Path, open_cache
     stored = 300_000
     async with open_cache(directory=tmpfs / "cache", reserves=replace(SMALL, disk=2_000_000)) as cache:
         reserve = cache.limits().reserve
+        assert reserve == 2_000_000
         manifest_free = 64 * 1024 * 1024 - used(tmpfs)
         assert manifest_free > reserve
         fill(tmpfs / "other program", reserve + one.size_bytes + stored)

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from xim_agent.cache.look import look
 from xim_agent.cache.store import Store
-from xim_agent.errors import AgentError
+from xim_agent.errors import AgentError, Exit
 
 # Holds the cache, and has a child that outlives it: its descriptors are all that could keep the lock.
 _HOLDER = """
 import subprocess, sys
 from pathlib import Path
+from xim_agent.cache.look import look
 from xim_agent.cache.store import Store
 store = Store.open(Path(sys.argv[1]))
 child = subprocess.Popen(["sleep", "60"], close_fds=False, stdout=subprocess.DEVNULL)
@@ -91,3 +93,25 @@ def test_a_cache_that_is_closed_or_fails_to_open_is_free_again(tmp_path: Path) -
         assert e.value.code == "cache_format"
     (root / "FORMAT").write_text("1")
     Store.open(root).close()
+
+
+@pytest.mark.parametrize("folder", ["blobs", "manifests", "ready", "partial", "quarantine", "compile"])
+def test_what_another_program_keeps_under_our_names_is_left_alone(tmp_path: Path, folder: str) -> None:
+    """As ~/.ollama/models does: a cache would begin with removing it."""
+    mine = tmp_path / "models" / folder / "sha256-ab"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"precious")
+    for ask in (lambda: Store.open(tmp_path / "models"), lambda: look(tmp_path / "models", 1, tmp_path / "models")):
+        with pytest.raises(AgentError, match=f"{folder}/") as e:
+            ask()
+        assert (e.value.code, e.value.exit_code) == ("cache_format", Exit.STATE)
+    assert [p for p in (tmp_path / "models").rglob("*") if p.is_file()] == [mine]
+    assert mine.read_bytes() == b"precious"
+
+
+def test_an_empty_place_with_our_names_becomes_a_cache(tmp_path: Path) -> None:
+    """A crash may leave it so, before the cache says what it is."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "lost+found").mkdir()
+    Store.open(tmp_path).close()
+    assert (tmp_path / "FORMAT").read_text() == "1"

@@ -11,6 +11,7 @@ from fakes.hostile import Local, cache_of
 from fakes.models import done_in, hold
 
 from xim_agent.cache import codec
+from xim_agent.cache.index import Entry
 from xim_agent.cache.manifest import Chunk, File, Manifest, encode
 from xim_agent.cache.service import Cache
 from xim_agent.errors import AgentError, Exit
@@ -119,6 +120,39 @@ async def test_a_right_chunk_of_another_file(world: World) -> None:
     assert len(world.source.asked) <= before + 1  # what is stored is right: nothing is fetched again
 
 
+async def test_files_are_hashed_until_they_were_right_once(world: World) -> None:
+    """Only the digest of the whole file shows what is wrong here; the index says whether it has to be looked at."""
+    model = world.model(*packed(OTHER), PLAIN)
+    manifest = model.manifest.removeprefix("sha256:")
+    assert (await world.refused(model)).code == "file_digest"
+    async with world.cache() as cache:
+        cache.store.index.add(Entry(manifest, "m", "m", "r", model.size_bytes, 0.0, verified=1))
+    async with world.cache() as cache:
+        path = await cache.ensure(model, ignore)
+        assert (path / NAME).read_bytes() == OTHER
+        assert cache.store.index.verified(manifest)
+        cache.store.retire_damaged(manifest)
+    (world.root / "index.sqlite").unlink()
+    assert (await world.refused(model)).code == "file_digest"
+
+
+async def test_files_that_were_right_are_known_as_such(world: World) -> None:
+    """A ready copy that is only found proves nothing: nobody hashed it since the index was lost."""
+    model = world.model(*packed(PLAIN), PLAIN)
+    manifest = model.manifest.removeprefix("sha256:")
+    await world.whole(model)
+    async with world.cache() as cache:
+        assert cache.store.index.verified(manifest)
+    (world.root / "index.sqlite").unlink()
+    await world.whole(model)
+    async with world.cache() as cache:
+        assert not cache.store.index.verified(manifest)
+        cache.store.retire_damaged(manifest)
+    await world.whole(model)
+    async with world.cache() as cache:
+        assert cache.store.index.verified(manifest)
+
+
 @pytest.mark.parametrize(
     ("data", "claimed"),
     [(PLAIN, len(PLAIN) + 1), (PLAIN, len(PLAIN) - 1), (b"", 10)],
@@ -197,11 +231,20 @@ async def test_a_damaged_chunk_whose_router_is_wrong_too_is_refused(world: World
     assert (await world.refused(model)).code == "blob_refused"
 
 
+@pytest.mark.parametrize("verified", [False, True])
 @pytest.mark.parametrize("change", DAMAGE.values(), ids=DAMAGE)
-async def test_a_part_that_was_damaged_meanwhile_is_made_anew(world: World, change: Callable[[bytes], bytes]) -> None:
+async def test_a_part_that_was_damaged_meanwhile_is_made_anew(
+    world: World, change: Callable[[bytes], bytes], verified: bool
+) -> None:
+    """Also of a model whose files were verified before."""
     chunk, stored = packed(PLAIN)
     model = world.model(chunk, stored, PLAIN)
     right = next(b for b in world.source.blobs if b != chunk.blob)
+    if verified:
+        await world.whole(model)
+        async with world.cache() as cache:
+            cache.store.retire_damaged(model.manifest.removeprefix("sha256:"))
+            cache.store.drop_blob(right)
     good = world.source.blobs[right]
     world.source.blobs[right] = b"wrong"
     world.source.gate = hold(right, lambda: bool(done_in(world.root)), lambda: None)

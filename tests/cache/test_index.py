@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from xim_agent.cache.index import Entry, Index
 
-ENTRIES = {e.manifest: e for e in (Entry(f"{n:064x}", f"id{n}", f"name{n}", "r1", 1000 * n, 5.0 + n) for n in range(9))}
+ENTRIES = {
+    e.manifest: e for e in (Entry(f"{n:064x}", f"id{n}", f"name{n}", "r1", 1000 * n, 5.0 + n, n % 2) for n in range(9))
+}
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +42,13 @@ def read(path: Path, data: bytes) -> dict[str, Entry]:
 
 def test_what_is_written_is_read(path: Path, whole: bytes) -> None:
     assert read(path, whole) == ENTRIES
+
+
+def test_what_was_verified_is_known_by_its_manifest(path: Path, whole: bytes) -> None:
+    path.write_bytes(whole)
+    index = Index(path)
+    assert [index.verified(f"{n:064x}") for n in range(10)] == [n % 2 == 1 and n < 9 for n in range(10)]
+    index.close()
 
 
 @settings(max_examples=150, deadline=None)

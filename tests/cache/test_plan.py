@@ -73,6 +73,15 @@ def test_refused_with_the_sums_where_the_model_alone_does_not_fit() -> None:
     assert "XEROTIER_AGENT_MODEL_CACHE_MAX_SIZE_GB" in e.value.hint
 
 
+def test_the_reserve_is_1_gib_and_of_large_disks_2_percent() -> None:
+    assert [Limits(1, 1, size).reserve for size in (0, 50 * GIB, 100 * GIB, 1000 * GIB)] == [
+        GIB,
+        GIB,
+        2 * GIB,
+        20 * GIB,
+    ]
+
+
 def test_refused_where_the_disk_is_too_full() -> None:
     free = ROOMY // 50 + 50 * MB
     with pytest.raises(CacheRefused) as e:

@@ -208,7 +208,7 @@ async def test_bad_words(place: Place) -> None:
             assert found.returncode == 1, found
             assert "\x1b" not in found.stderr
     assert (await place.run("rm")).returncode == 2
-    assert (await place.run("ls", XEROTIER_AGENT_MODEL_CACHE_PATH="/dev/null/x")).returncode == 0
+    assert (await place.run("ls", XEROTIER_AGENT_MODEL_CACHE_PATH="/dev/null/x")).returncode == 77
 
 
 async def test_a_cache_of_another_format_is_refused(place: Place) -> None:
@@ -233,6 +233,13 @@ async def refused(place: Place) -> AgentError:
     return e.value
 
 
+async def test_a_file_is_no_cache_that_is_still_to_come(place: Place) -> None:
+    place.cache.write_text("mine")
+    error = await refused(place)
+    assert (error.code, error.exit_code) == ("cache_directory", 77)
+    assert "is no directory" in error.message
+
+
 @pytest.mark.usefixtures("impatient")
 async def test_an_older_agent_without_a_socket_is_named(place: Place) -> None:
     async with place.open():
@@ -240,6 +247,17 @@ async def test_an_older_agent_without_a_socket_is_named(place: Place) -> None:
     assert (error.code, error.exit_code) == ("cache_held", 14)
     assert f"process {os.getpid()}" in error.message
     assert f"kill {os.getpid()}" in error.hint
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_another_command_is_named_and_not_waited_for_in_silence(place: Place) -> None:
+    """It may be a `verify` that takes an hour, or stopped with Ctrl-Z."""
+    async with place.open() as cache:
+        claim.announce(cache.store.lock, claim.COMMAND)
+        with trio.fail_after(20):
+            error = await refused(place)
+    assert (error.code, error.exit_code) == ("cache_held", 14)
+    assert "another `cache` command" in error.message
 
 
 @pytest.mark.usefixtures("impatient")

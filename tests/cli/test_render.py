@@ -1,5 +1,8 @@
 import io
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -56,6 +59,20 @@ def test_usage_and_interrupt() -> None:
 def test_bad_command_lines_exit_2(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(args) == Exit.USAGE
     assert "Usage:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("args", [["--help"], ["cache", "ls"]])
+def test_a_reader_that_went_away_is_no_failure(args: list[str], tmp_path: Path) -> None:
+    """`xerotier-xim-agent cache ls | head` under `set -o pipefail`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        words = [sys.executable, "-m", "xim_agent", *args]
+        env = {**os.environ, "HOME": str(tmp_path)}
+        done = subprocess.run(words, env=env, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (Exit.OK, "")
 
 
 def test_help_names_every_variable_of_run(capsys: pytest.CaptureFixture[str]) -> None:

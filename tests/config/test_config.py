@@ -71,6 +71,9 @@ def test_flag_over_environment_over_default_and_empty_is_unset() -> None:
     env = {"HOME": "/h", PREFIX + "METRICS_PORT": "1000", PREFIX + "MAX_NUM_SEQS": "", PREFIX + "LOG_LEVEL": "debug"}
     config = sources.load({"metrics_port": "2000"}, env, defaults={"log_level": "error", "name": "n"})
     assert (config.metrics_port, config.max_num_seqs, config.log_level, config.name) == (2000, None, "debug", "n")
+    flags = {"model_cache_path": "", "metrics_port": " "}
+    config = sources.load(flags, env | {PREFIX + "MODEL_CACHE_PATH": "/models"})
+    assert (config.model_cache_path, config.metrics_port) == (Path("/models"), 1000)
 
 
 def test_lists_split_as_a_shell_splits() -> None:

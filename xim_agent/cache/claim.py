@@ -3,6 +3,9 @@
 import errno
 import fcntl
 import os
+import shlex
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -79,6 +82,26 @@ def holder(path: Path) -> Holder:
     data = tree.read(path.parent.resolve() / path.name, 4096) or b""
     pid, _, says = data.decode(errors="surrogateescape").partition("\n")
     return Holder(pid.strip() or "unknown", says.strip())
+
+
+def check_ours(root: Path, folders: Iterable[str]) -> None:
+    """What is in `folders` and none of ours is removed when a cache is opened, so that they must have been made by one:
+    other programs keep their models in `blobs` and `manifests`, too.
+
+    Raises AgentError `cache_format`, OSError.
+    """
+    if os.path.lexists(root / MARK) or os.path.lexists(root / LOCK):
+        return
+    for name in folders:
+        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(root / name) as entries:
+            if next(entries, None) is not None:
+                raise AgentError(
+                    "cache_format",
+                    f"{root} is no model cache of this agent, but something is in its {name}/, which would be removed",
+                    hint="name an empty or a new directory with XEROTIER_AGENT_MODEL_CACHE_PATH; if it was a cache and "
+                    f"lost its file {MARK}: `echo {FORMAT} > {shlex.quote(str(root / MARK))}`",
+                    exit_code=Exit.STATE,
+                )
 
 
 def check_format(path: Path) -> None:

@@ -142,17 +142,16 @@ class Fetch:
                 await self._thread(self.store.write_blob, job.blob, data)
 
     async def _expand(self, job: Job, keep: bool, eaten: frozenset[str]) -> None:
-        stored = await self._thread(self._stored, job)
-        if stored is not None:
-            self._hit(job.blob, job.stored)
-            self._arrived(job.stored)
-            await self._thread(self._write, job, stored, job.blob in eaten)
-        else:
-            with self._buffers.lent(job.stored) as received:
+        with self._buffers.lent(job.stored) as received:
+            data = received.room(job.stored)
+            if await self._thread(self.store.read_blob, job.blob, data):
+                self._hit(job.blob, job.stored)
+                self._arrived(job.stored)
+            else:
                 data = await self._fetched(job, received)
                 if keep:
                     await self._thread(self.store.write_blob, job.blob, data)
-                await self._thread(self._write, job, data, job.blob in eaten)
+            await self._thread(self._write, job, data, job.blob in eaten)
         for i in {i for i, _ in job.places}:
             await self._advance(i)
 
@@ -164,15 +163,6 @@ class Fetch:
 
     def _arrived(self, amount: int) -> None:
         self.meter.done += amount
-
-    def _stored(self, job: Job) -> bytes | None:
-        """The verified bytes in the store; damaged ones go, since kept beside the fresh ones they break the bound."""
-        data = self.store.read_blob(job.blob)
-        if data is None or codec.verified(data, job.blob):
-            return data
-        log.warning("stored chunk is damaged, fetching it again", extra={"blob": job.blob})
-        self.store.drop_blob(job.blob)
-        return None
 
     async def _fetched(self, job: Job, into: Received) -> memoryview:
         """The verified bytes from the router. Wrong ones are fetched once more, then the model is refused."""

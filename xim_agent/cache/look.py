@@ -31,6 +31,7 @@ def look(directory: Path, bound: int, disk_of: Path) -> Look:
     root = directory.resolve()
     if (data := tree.read(root / claim.MARK, 4096)) is not None:
         claim.known_format(root, data)
+    claim.check_ours(root, FOLDERS)
     device = root.stat().st_dev
     elsewhere = []
     for name in FOLDERS:

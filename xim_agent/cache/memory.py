@@ -59,6 +59,11 @@ class Received:
         """`del data[n:]` keeps the first n bytes."""
         self._filled = tail.indices(self._filled)[0]
 
+    def room(self, size: int) -> memoryview:
+        """For `size` bytes that somebody else fills in; they count."""
+        self._filled = size
+        return self.view()
+
     def view(self) -> memoryview:
         """Good until the memory is used for the next chunk."""
         return memoryview(self._memory)[: self._filled]

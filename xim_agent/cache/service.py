@@ -68,10 +68,11 @@ class Cache:
         backoff: Callable[[], Backoff] = Backoff,
         reserves: Reserves = RESERVES,
         full_disk_look: float = FULL_DISK_LOOK,
+        patience: float = COMMAND_SECONDS,
     ) -> None:
         self.directory, self.max_bytes, self.downloads, self.source = directory, max_bytes, downloads, source
         self.allow_unsafe, self.clock, self.health, self.rand, self.backoff = allow_unsafe, clock, health, rand, backoff
-        self.reserves, self.full_disk_look = reserves, full_disk_look
+        self.reserves, self.full_disk_look, self.patience = reserves, full_disk_look, patience
         self.counters = Counters()
         self.ledger = Ledger(self.counters, clock)
         self.preparing: str | None = None
@@ -104,7 +105,7 @@ class Cache:
                     raise
                 held = e
             says = (await trio.to_thread.run_sync(claim.holder, self.directory / claim.LOCK)).says
-            patience = {claim.COMMAND: COMMAND_SECONDS, "": claim.SILENT_SECONDS}.get(says, 0.0)
+            patience = {claim.COMMAND: self.patience, "": claim.SILENT_SECONDS}.get(says, 0.0)
             if trio.current_time() >= begin + patience:
                 raise held
             await trio.sleep(_AGAIN)

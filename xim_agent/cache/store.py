@@ -10,11 +10,11 @@ from hashlib import sha256
 from pathlib import Path
 
 from xim_agent import files
-from xim_agent.cache import claim, tree
+from xim_agent.cache import claim, codec, tree
 from xim_agent.cache.index import Entry, Index
 from xim_agent.cache.inventory import Evict, Inventory, Model
 from xim_agent.cache.inventory import Partial as PartialBytes
-from xim_agent.cache.manifest import CHUNK, MARKER, MAX_MANIFEST, Manifest, ManifestRefused, check
+from xim_agent.cache.manifest import MARKER, MAX_MANIFEST, Manifest, ManifestRefused, check
 from xim_agent.cache.partial import Partial
 from xim_agent.cache.sweep import FOLDERS, sweep
 
@@ -52,7 +52,7 @@ class Store:
         Raises AgentError `cache_in_use`, `cache_format`, `cache_foreign`, OSError, sqlite3.Error; then nothing stays
         open.
         """
-        root = directory.expanduser().resolve()
+        claim.check_ours(root := directory.expanduser().resolve(), FOLDERS)
         made = [path for path in (root, *root.parents) if not os.path.lexists(path)]
         root.mkdir(mode=0o750, parents=True, exist_ok=True)
         for path in made:
@@ -172,13 +172,15 @@ class Store:
     def has_blob(self, digest: str) -> bool:
         return tree.is_plain(self.blob(digest), own=False)
 
-    def read_blob(self, digest: str) -> bytes | None:
-        """The stored bytes, not verified; None when absent. What cannot be a chunk is removed."""
-        try:
-            return tree.read(self.blob(digest), CHUNK)
-        except (tree.Foreign, IsADirectoryError):
+    def read_blob(self, digest: str, memory: memoryview) -> bool:
+        """Whether `memory` holds its bytes now, verified. What else has the name goes: it would break the bound."""
+        with suppress(tree.Foreign, IsADirectoryError):
+            if tree.read_into(self.blob(digest), memory) and codec.verified(memory, digest):
+                return True
+        if os.path.lexists(self.blob(digest)):
+            log.warning("stored chunk is damaged, it is fetched again", extra={"blob": digest})
             self.drop_blob(digest)
-            return None
+        return False
 
     def write_blob(self, digest: str, data: bytes | bytearray | memoryview) -> None:
         path = self.blob(digest)

@@ -106,6 +106,21 @@ def read(path: Path, limit: int) -> bytes | None:
         return b"".join(pieces)
 
 
+def read_into(path: Path, memory: memoryview) -> bool:
+    """Whether the file is there and fills the memory, no more and no less. Raises Foreign, OSError."""
+    try:
+        fd = open_file(path, os.O_RDONLY, own=False)
+    except FileNotFoundError:
+        return False
+    with os.fdopen(fd, "rb", buffering=0) as file:
+        if os.fstat(fd).st_size != len(memory):
+            return False
+        filled = 0
+        while filled < len(memory) and (n := file.readinto(memory[filled:])):
+            filled += n
+    return filled == len(memory)
+
+
 def publish(path: Path, data: bytes | bytearray | memoryview, mode: int) -> None:
     """As `files.publish`, in a directory that exists; whatever has the name is replaced, a directory excepted."""
     with directory(path.parent) as parent:

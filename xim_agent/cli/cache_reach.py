@@ -35,8 +35,15 @@ async def reach(config: Config, name: str, arguments: Mapping[str, Any], report:
     directory = config.model_cache_path
     try:
         owner = _first(directory / claim.LOCK, directory / claim.MARK)
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return _absent(config, name)
+    except NotADirectoryError as e:
+        raise AgentError(
+            "cache_directory",
+            f"the model cache {directory} is no directory",
+            hint="name the agent's with --model-cache-path or XEROTIER_AGENT_MODEL_CACHE_PATH",
+            exit_code=Exit.STATE,
+        ) from e
     except OSError as e:
         raise denied("cache_denied", f"the model cache {directory}", e) from e
     with as_owner(owner):
@@ -83,6 +90,7 @@ async def _here(config: Config, name: str, arguments: Mapping[str, Any], report:
         allow_unsafe=False,
         clock=clock,
         health=Health(clock.now),
+        patience=0.0,  # `_ask` has its own: a person waits
     ) as cache:
         claim.announce(cache.store.lock, claim.COMMAND)
         return await calls(Commands(cache, agent=False))[name](arguments, report)

@@ -44,7 +44,7 @@ class LazyGroup(click.Group):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         super().format_options(ctx, formatter)
         formatter.write_paragraph()
-        formatter.write_text("Options of `run` (a flag wins over its variable, an empty variable counts as unset):")
+        formatter.write_text("Options of `run` (a flag wins over its variable, an empty one counts as unset):")
         write_options(formatter)
 
 
@@ -56,4 +56,10 @@ def cli() -> None:
 
 def main(args: Sequence[str]) -> int:
     """Runs one command; returns the exit code. Every exception becomes a message here and nowhere else."""
-    return guarded(lambda: cli.main(list(args), prog_name="xerotier-xim-agent", standalone_mode=False))
+    return guarded(lambda: _run(list(args)))
+
+
+def _run(args: list[str]) -> object:
+    """Without click's own `main`, which ends with 1 where the reader of the output went away (`| head`)."""
+    with cli.make_context("xerotier-xim-agent", args) as ctx:
+        return cli.invoke(ctx)

@@ -1,4 +1,4 @@
-"""Where settings come from: flag over environment over file; an empty variable counts as unset."""
+"""Where settings come from: flag over environment over file; an empty one counts as unset."""
 
 import logging
 import os
@@ -60,6 +60,8 @@ def alone(attr: str, flags: Flags, environ: Mapping[str, str]) -> Any:
 
 def _given(option: Option, flags: Flags, environ: Mapping[str, str]) -> Raw | None:
     given, word = flags.get(option.attr), environ.get(option.env, "")
+    if isinstance(given, str) and not given.strip():  # `--model-cache-path "$UNSET"` would be the current directory
+        given = None
     if given is not None and given != () and given is not False:
         value = ("0" if option.meta["off_flag"] else "1") if given is True else given
         return Raw(value, option.flag)
