@@ -25,8 +25,8 @@ MAX_PROBLEM = 64 * 1024
 # hypercorn and nginx close idle connections after 75 s; ours go first, so that a call seldom meets a closing one.
 KEEPALIVE_SECONDS = 30.0
 # A peer that is not there any more shows itself by what it does not acknowledge for 4 s: by then TCP has sent it four
-# times, and an outage that is over earlier is over within 1.6 s for TCP too. On a connection that waits, a held poll for
-# example, the kernel asks every 2 s, by one packet without data. Without these it would take a quarter of an hour.
+# times, and an outage that is over earlier is over within 1.6 s for TCP too. On a connection that waits, such as a held
+# poll, the kernel asks every 2 s, by one packet without data. Without these it would take a quarter of an hour.
 SOCKET_OPTIONS = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 2),
