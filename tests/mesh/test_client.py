@@ -1,4 +1,5 @@
 import json
+import socket
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from typing import Any
@@ -9,10 +10,12 @@ import trio
 import zstandard
 from msgspec import Raw
 
+from xim_agent.clock import SystemClock
 from xim_agent.errors import AgentError
 from xim_agent.mesh import codec, failures
 from xim_agent.mesh.client import MAX_ASSIGNMENT, MAX_IDENTITY
 from xim_agent.mesh.messages import MAX_BODY, MAX_EVENTS, MAX_POLL_REPLY, EventsReply, Load, PollReply, PollRequest
+from xim_agent.mesh.transport import Transport
 from xim_agent.outcome import CODES, NOT_A_ROUTER, Action, RouterError
 
 POLL = PollRequest("b", 1, "ready", 4, 0, [], None, 4, Load(), None, [])
@@ -43,6 +46,52 @@ async def test_a_poll_and_what_every_request_carries(client: Any, start: Any, lo
         assert call.headers["content-type"] == "application/vnd.msgpack"
         assert "cookie" not in call.headers
     assert server.connections == 1
+
+
+async def test_a_peer_that_is_gone_is_noticed_by_the_kernel(
+    transport: Transport, start: Any, answer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the router is called itself or by a proxy."""
+
+    async def reply(call: Any) -> Any:
+        return answer()
+
+    server = await start(reply)
+    monkeypatch.setenv("HTTP_PROXY", server.url)
+    behind = Transport(insecure=True, clock=SystemClock(), on_skew=lambda skew: None)
+    for caller, router in ((transport, server.url), (behind, "http://router.test")):
+        async with caller.open("GET", caller.url(router, "/v1/assignment"), {}, None, 10) as opened:
+            wire = opened.response.extensions["network_stream"].get_extra_info("socket")
+            assert wire.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_USER_TIMEOUT)
+            assert [wire.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [2, 1, 4000]
+    await behind.aclose()
+
+
+async def test_a_failure_closes_what_is_idle(transport: Transport, start: Any, answer: Any) -> None:
+    """The path of one connection is the path of all: what it swallowed of one it swallows of the next."""
+    silent = trio.Event()
+
+    async def reply(call: Any) -> Any:
+        if call.path == "/v1/silent":
+            silent.set()
+            await trio.sleep_forever()
+        return answer()
+
+    server = await start(reply)
+    idle, other = (transport.url(server.url, path) for path in ("/v1/assignment", "/v1/silent"))
+    async with trio.open_nursery() as nursery:
+
+        async def fails() -> None:
+            with pytest.raises(RouterError, match="silent"):
+                await transport.call("GET", other, {}, limit=10, silence=0.5)
+
+        nursery.start_soon(fails)
+        await silent.wait()
+        await transport.call("GET", idle, {}, limit=10)
+        assert server.connections == 2
+    await transport.call("GET", idle, {}, limit=10)
+    assert server.connections == 3
 
 
 async def test_events_are_compressed_and_counted(client: Any, start: Any, login: Any, answer: Any) -> None:

@@ -84,6 +84,16 @@ def test_more_open_files_than_usual() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
+def test_few_open_files_are_told_of(tmp_path: Path) -> None:
+    """Before the first connection is refused for it."""
+    program = "import logging; from xim_agent.router.server import raise_file_limit as r; logging.basicConfig(); r()"
+    for files, told in ((1000, "leaves room for 936 agents and clients at once; raise it by LimitNOFILE="), (5000, "")):
+        command = ["bash", "-c", f'ulimit -n {files}; exec "$@"', "limited", sys.executable, "-c", program]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert told in done.stderr
+        assert bool(told) == bool(done.stderr)
+
+
 def test_a_serving_router_may_open_more_files(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "xim_agent", "router", "serve", "--listen", "127.0.0.1:0", "--data", str(tmp_path)]
     command = ["bash", "-c", 'ulimit -Sn 300; exec "$@"', "limited", *words]

@@ -161,9 +161,7 @@ async def test_router_is_away(tmp_path: Path, seconds: int, autojump_clock: Any)
         )),
     ],
 )  # fmt: skip
-async def test_cable_is_pulled(
-    tmp_path: Path, seconds: int, accepts: bool, streams: int, autojump_clock: Any
-) -> None:
+async def test_cable_is_pulled(tmp_path: Path, seconds: int, accepts: bool, streams: int, autojump_clock: Any) -> None:
     """No call ends by itself: those under way when it happens, and those that are made meanwhile."""
     async with data_path(tmp_path) as path:
         async with trio.open_nursery() as nursery:

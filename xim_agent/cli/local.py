@@ -217,9 +217,11 @@ def command(model: Path, once: str | None, port: int | None, data: Path | None, 
         logging.getLogger("xim_agent.engine.vllm").setLevel(logging.ERROR)
 
     from xim_agent.engine.guard import Guard, die_with_parent
+    from xim_agent.router.server import raise_file_limit
 
     die_with_parent()
     guard = Guard.start()
+    raise_file_limit()
 
     import trio
 

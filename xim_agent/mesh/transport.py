@@ -25,8 +25,8 @@ MAX_PROBLEM = 64 * 1024
 # hypercorn and nginx close idle connections after 75 s; ours go first, so that a call seldom meets a closing one.
 KEEPALIVE_SECONDS = 30.0
 # A peer that is not there any more shows itself by what it does not acknowledge for 4 s: by then TCP has sent it four
-# times, and an outage that is over earlier is over within 1.6 s for TCP too. On a connection that waits, a held poll for
-# example, the kernel asks every 2 s, by one packet without data. Without these it would take a quarter of an hour.
+# times, and an outage that is over earlier is over within 1.6 s for TCP too. On a connection that waits, such as a held
+# poll, the kernel asks every 2 s, by one packet without data. Without these it would take a quarter of an hour.
 SOCKET_OPTIONS = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 2),
@@ -75,9 +75,11 @@ class Transport:
         direct = {f"all://{host}": None for host in ("localhost", "127.0.0.1", "[::1]")}
         context = False if insecure else verified()
         try:
-            self._http = _Client(verify=context, limits=limits, mounts=direct)
+            self._http = httpx.AsyncClient(verify=context, limits=limits, mounts=direct)
         except (ImportError, ValueError, httpx.InvalidURL):
             raise failures.unusable_proxy() from None  # what httpx says of it may hold a password
+        for pool in self._pools():
+            pool._network_backend = _Backend()
 
     async def aclose(self) -> None:
         """Closes the idle connections; call it when no call runs any more."""
@@ -135,17 +137,20 @@ class Transport:
             async with aclosing(Opened(self, response)) as opened:
                 yield opened
         except httpx.TransportError as error:
-            await self._close_idle()
+            await self._close_idle()  # noqa: ASYNC120 - shielded
             raise self.lost(method, url, error) from error
 
     async def _close_idle(self) -> None:
         """Whatever ended one connection may have ended the others, without their telling."""
         with trio.move_on_after(1, shield=True):
-            for transport in {self._http._transport, *self._http._mounts.values()}:
-                pool = transport._pool if isinstance(transport, httpx.AsyncHTTPTransport) else None
-                for connection in pool.connections if pool else ():
+            for pool in self._pools():
+                for connection in pool.connections:
                     if connection.is_idle():
                         await connection.aclose()
+
+    def _pools(self) -> list[httpcore.AsyncConnectionPool]:
+        every = (self._http._transport, *self._http._mounts.values())
+        return [transport._pool for transport in every if isinstance(transport, httpx.AsyncHTTPTransport)]
 
     async def _head(self, request: httpx.Request, seconds: float) -> httpx.Response:
         """`seconds` for all of it: time limits by silence never end a head that goes on for ever."""
@@ -212,14 +217,11 @@ class Transport:
             raise self.malformed(response.request.method, response.request.url, str(error)) from None
 
 
-class _Client(httpx.AsyncClient):
-    """Sets SOCKET_OPTIONS, for which the public way is a transport that knows nothing of the system's proxies."""
+class _Backend(httpcore.TrioBackend):
+    """Sets SOCKET_OPTIONS; httpcore's own way to pass some leaves out connections to a system's proxy."""
 
-    def _init_transport(self, *args: Any, transport: httpx.AsyncBaseTransport | None = None, **kwargs: Any) -> Any:
-        return httpx.AsyncHTTPTransport(*args, socket_options=SOCKET_OPTIONS, **kwargs)
-
-    def _init_proxy_transport(self, proxy: httpx.Proxy, **kwargs: Any) -> Any:
-        return httpx.AsyncHTTPTransport(proxy=proxy, socket_options=SOCKET_OPTIONS, **kwargs)
+    async def connect_tcp(self, *args: Any, **kwargs: Any) -> httpcore.AsyncNetworkStream:
+        return await super().connect_tcp(*args, **kwargs | {"socket_options": SOCKET_OPTIONS})
 
 
 class Opened:

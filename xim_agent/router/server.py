@@ -24,6 +24,8 @@ MOST_FILES = 1_048_576  # what the kernel itself allows a process by default
 RESERVED = 64  # open files that are no connections: the database, listeners, chunks that are being sent
 TOLD = 32  # connections over the limit that are told so; they take from RESERVED, more of them are closed at once
 WARN_SECONDS = 60.0
+FEW = 4096  # open files with which a router is told before it happens that they will not do for a fleet
+_RAISE = "raise it by LimitNOFILE= (systemd), --ulimit nofile= (docker) or `ulimit -n`"
 _BROKEN = (h11.ProtocolError, trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError, OSError)
 
 
@@ -71,9 +73,9 @@ class Server:
         if trio.current_time() - self._warned >= WARN_SECONDS:
             self._warned = trio.current_time()
             log.warning(
-                "connections are refused: %d are open, as many as the limit on open files allows; raise it by"
-                " LimitNOFILE= (systemd), --ulimit nofile= (docker) or `ulimit -n`",
+                "connections are refused: %d are open, as many as the limit on open files allows; %s",
                 self._open,
+                _RAISE,
             )
 
 
@@ -83,6 +85,9 @@ def raise_file_limit() -> None:
     most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
     with suppress(ValueError, OSError):  # what there is must do then
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    if (files := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) < FEW:
+        room = max(TOLD, files - RESERVED)
+        log.warning("the limit on open files leaves room for %d agents and clients at once; %s", room, _RAISE)
 
 
 def parse_listen(listen: str) -> tuple[str, int]:
