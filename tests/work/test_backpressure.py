@@ -138,7 +138,8 @@ async def test_memory_is_bounded(tmp_path: Path, reads: bool, autojump_clock: An
                 nonlocal most
                 while True:
                     most = max(most, process.memory_info().rss - before)
-                    assert path.agent.statistics.outbox.unacknowledged_bytes <= count * WINDOW
+                    # And a few bytes around each piece.
+                    assert path.agent.statistics.outbox.unacknowledged_bytes <= count * (WINDOW + KIB)
                     assert all(sent - 10 * MIB <= 0 for sent in path.engine.sent.values())
                     await trio.sleep(0.05)
 
