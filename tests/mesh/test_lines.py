@@ -69,6 +69,14 @@ def test_what_is_plain() -> None:
     assert exchange.plain(SIZED[:-1]) is None
 
 
+@pytest.mark.parametrize(
+    "more",
+    [b"content-length: 3", b"x: 1\r\nX: 2", b"connection: close", b"transfer-encoding: chunked", b"x : 1", b"x: \xff"],
+)
+def test_what_is_not_plain(more: bytes) -> None:
+    assert exchange.plain(SIZED[:-2] + more + b"\r\n\r\n" + BODY) is None
+
+
 def by_plain(at: int) -> tuple[dict[str, str], int, int]:
     return {"content-type": "application/vnd.msgpack", "content-length": str(len(BODY))}, at, at + len(BODY)
 
@@ -181,6 +189,23 @@ async def test_silence_and_cancellation_end_the_connection(client: Any, start: A
     assert scope.cancelled_caught
     assert await outcome(client) == {1: 7}
     assert server.connections == 3
+
+
+async def test_what_is_too_large_is_not_waited_for(client: Any, start: Any, login: Any, answer: Any) -> None:
+    async def reply(call: Any) -> Any:
+        if len(server.calls) == 1:
+            return answer(body=BODY)
+        await call.stream.send_all(HEAD + b"content-length: 1000000000\r\n\r\n" + b"x" * 2000)
+        await trio.sleep_forever()
+        return None
+
+    server = await start(reply)
+    client.credentials = login(server.url)
+    assert await outcome(client) == {1: 7}
+    with pytest.raises(RouterError) as error:
+        await client._work("/v1/work/events", b"", 1000, codec.decode_events_reply, 0.5)
+    assert error.value.code == "reply_too_large"
+    assert server.connections == 1
 
 
 async def test_a_connection_that_was_closed_meanwhile_is_not_used(
