@@ -20,7 +20,7 @@ PURE = {
     *("engine.failures", "engine.oom", "engine.reader", "engine.salt"),
     *("engine.liveness", "engine.poison", "hardware.memory"),
     *("work.lease", "work.batch", "work.outbox", "work.capacity"),
-    *("mesh.messages", "mesh.codec", "mesh.trace", "metrics.names"),
+    *("mesh.messages", "mesh.codec", "mesh.trace", "mesh.exchange", "metrics.names"),
     *("router.tokens", "router.dispatch"),
     *("doctor.report", "doctor.identity", "doctor.network", "doctor.machine"),
 }

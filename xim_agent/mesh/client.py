@@ -128,7 +128,13 @@ class RouterClient:
     async def _work(self, path: str, body: bytes, limit: int, decode: Callable[[bytes], T], silence: float) -> T:
         headers, packed = pack(body)
         headers["content-type"] = headers["accept"] = "application/vnd.msgpack"
-        reply = await self._authorized("POST", path, headers=headers, body=packed, limit=limit, silence=silence)
+
+        async def call(bearer: Bearer) -> Reply:
+            own = {**headers, "authorization": f"Bearer {bearer.token}"}
+            url = self._transport.url(bearer.router, path)
+            return await self._transport.post(url, own, body=packed, limit=limit, silence=silence)
+
+        reply = await self._with_bearer(call)
         try:
             return decode(reply.body)
         except codec.CodecError as error:
@@ -142,14 +148,10 @@ class RouterClient:
         path: str,
         *,
         limit: int,
-        headers: dict[str, str] | None = None,
-        body: bytes | None = None,
-        silence: float = SILENCE_SECONDS,
     ) -> Reply:
         async def call(bearer: Bearer) -> Reply:
             url = self._transport.url(bearer.router, path)
-            own = {**(headers or {}), "authorization": f"Bearer {bearer.token}"}
-            return await self._transport.call(method, url, own, body=body, limit=limit, silence=silence)
+            return await self._transport.call(method, url, {"authorization": f"Bearer {bearer.token}"}, limit=limit)
 
         return await self._with_bearer(call)
 

@@ -40,6 +40,11 @@ def retry_after(headers: Mapping[str, str], now: float) -> float | None:
         return None
 
 
+def what(method: str, url: httpx.URL) -> str:
+    """For messages: without query, which may hold a signature, and without user and password."""
+    return f"{method} {url.copy_with(query=None, fragment=None, userinfo=b'')}"
+
+
 def malformed(what: str, reason: str) -> RouterError:
     """A reply came and makes no sense: retry class."""
     return RouterError("reply_malformed", f"{what}: the reply cannot be read: {reason}")

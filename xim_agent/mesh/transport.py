@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Self
 
+import h11
 import httpcore
 import httpx
 import trio
@@ -15,8 +16,9 @@ import trio
 from xim_agent import __version__
 from xim_agent.clock import Clock
 from xim_agent.errors import AgentError, Exit
-from xim_agent.mesh import failures
+from xim_agent.mesh import exchange, failures
 from xim_agent.mesh.content import ContentError, ContentTooLarge, unpack
+from xim_agent.mesh.lines import Line, Lines
 from xim_agent.mesh.tls import verified
 from xim_agent.outcome import RouterError
 
@@ -37,6 +39,8 @@ SOCKET_OPTIONS = (
 # 512 KiB 1.5 s. A read returns what has come, so that nothing waits for more.
 READ = 512 * 1024
 httpcore.AsyncHTTP11Connection.READ_NUM_BYTES = READ
+_AGENT = {"user-agent": f"xerotier-xim-agent/{__version__}"}
+_ASKS = {"xim-protocol": str(failures.PROTOCOL), "accept-encoding": "zstd"}
 
 
 @dataclass(frozen=True)
@@ -80,10 +84,12 @@ class Transport:
             raise failures.unusable_proxy() from None  # what httpx says of it may hold a password
         for pool in self._pools():
             pool._network_backend = _Backend()
+        self._lines = Lines(KEEPALIVE_SECONDS)
 
     async def aclose(self) -> None:
         """Closes the idle connections; call it when no call runs any more."""
         with trio.move_on_after(1, shield=True):
+            await self._lines.aclose()
             await self._http.aclose()
 
     def url(self, router: str, path: str) -> httpx.URL:
@@ -112,13 +118,65 @@ class Transport:
         body: bytes | None = None,
         limit: int,
         silence: float = SILENCE_SECONDS,
+        line: bool = False,
     ) -> Reply:
-        """`limit`: bytes of the decoded reply; `silence`: seconds without a byte. A status other than 2xx raises."""
-        own = {"xim-protocol": str(failures.PROTOCOL), "accept-encoding": "zstd"}
-        async with self.open(method, url, {**own, **headers}, body, silence) as opened:
-            if not opened.response.is_success:
-                raise await self.refusal(opened)
-            return Reply(opened.response.status_code, opened.response.headers, await self._read(opened, limit))
+        """`limit`: bytes of the decoded reply; `silence`: seconds without a byte. A status other than 2xx raises.
+
+        `line`: the connection is kept for `post`, if it can be.
+        """
+        async with self.open(method, url, {**_ASKS, **headers}, body, silence) as opened:
+            size = self._keeps(url, opened.response) if line else None
+            reply = await self._whole(opened, limit, size)
+            if size and not opened.response.is_closed:
+                opened.kept = True
+                await self._lines.give_back(Line(url, opened.response, opened.aclose))
+            return reply
+
+    async def post(
+        self, url: httpx.URL, headers: Mapping[str, str], *, body: bytes, limit: int, silence: float
+    ) -> Reply:
+        """The same as `call`, for what is called a hundred times a second: see `lines`."""
+        line = await self._lines.take(url)
+        if line is None:
+            return await self.call("POST", url, headers, body=body, limit=limit, silence=silence, line=True)
+        try:
+            return await self._ask(line, url, {**_AGENT, **_ASKS, **headers}, body, limit, silence)
+        except httpx.TransportError as error:
+            raise self.lost("POST", url, error) from error
+        finally:
+            with trio.move_on_after(1, shield=True):
+                await self._lines.give_back(line)
+
+    async def _ask(
+        self, line: Line, url: httpx.URL, headers: Mapping[str, str], body: bytes, limit: int, silence: float
+    ) -> Reply:
+        try:
+            request = exchange.request("POST", url.raw_path, url.netloc, headers, body)
+        except h11.LocalProtocolError as error:
+            raise httpx.LocalProtocolError(str(error)) from error
+        self._calls += 1
+        self.bytes_sent += len(body)
+        came = await line.ask(request, silence, limit)
+        if isinstance(came, tuple):
+            self.bytes_received += len(came[1])
+            self._note_date(came[0])
+            return Reply(200, came[0], self._unpacked("POST", url, *came, limit))
+        asked = httpx.Request("POST", url, headers=headers, content=body, extensions={"timeout": {"read": silence}})
+        async with aclosing(Opened(self, await line.odd(asked, came))) as opened:
+            return await self._whole(opened, limit)
+
+    def _keeps(self, url: httpx.URL, response: httpx.Response) -> int | None:
+        """Of a reply whose connection can be used again, and talks to the router itself: the size of its body."""
+        # A proxy that only forwards wants other requests.
+        forwarded = url.scheme == "http" and self._http._transport_for_url(url) is not self._http._transport
+        plain = response.http_version == "HTTP/1.1" and response.status_code == 200 and not forwarded
+        return exchange.size_of(response.headers) if plain else None
+
+    async def _whole(self, opened: "Opened", limit: int, size: int | None = None) -> Reply:
+        response = opened.response
+        if not response.is_success:
+            raise await self.refusal(opened)
+        return Reply(response.status_code, response.headers, await self._read(opened, limit, size))
 
     @asynccontextmanager
     async def open(
@@ -127,9 +185,9 @@ class Transport:
         """The reply's head with its body unread; leaving the block closes the connection unless all was read."""
         connect = failures.CONNECT_SECONDS
         limits = {"connect": connect, "read": silence, "write": silence, "pool": connect}
-        agent = {"user-agent": f"xerotier-xim-agent/{__version__}"}
         # Built by hand, so that no cookie of an earlier reply is sent.
-        request = httpx.Request(method, url, headers={**agent, **headers}, content=body, extensions={"timeout": limits})
+        sent = {**_AGENT, **headers}
+        request = httpx.Request(method, url, headers=sent, content=body, extensions={"timeout": limits})
         self._calls += 1
         self.bytes_sent += len(body or b"")
         try:
@@ -163,12 +221,12 @@ class Transport:
         raise httpx.ReadTimeout(f"no whole head of a reply within {seconds:.0f} s", request=request)
 
     def lost(self, method: str, url: httpx.URL, error: httpx.TransportError) -> RouterError:
-        return self.count(failures.from_transport(_what(method, url), url, error))
+        return self.count(failures.from_transport(failures.what(method, url), url, error))
 
     async def refusal(self, opened: "Opened", heed: bool = True) -> RouterError:
         """The error of a reply that is not a success; counted. `heed`: whether what its body says counts."""
         response, request = opened.response, opened.response.request
-        what = _what(request.method, request.url)
+        what = failures.what(request.method, request.url)
         body = b""
         if heed:
             with suppress(RouterError), trio.move_on_after(SILENCE_SECONDS):
@@ -181,10 +239,10 @@ class Transport:
 
     def malformed(self, method: str, url: httpx.URL, reason: str) -> RouterError:
         """A reply that makes no sense: counted, retry class."""
-        return self.count(failures.malformed(_what(method, url), reason))
+        return self.count(failures.malformed(failures.what(method, url), reason))
 
-    def too_large(self, request: httpx.Request, limit: int) -> RouterError:
-        return self.count(failures.too_large(_what(request.method, request.url), limit))
+    def _too_large(self, method: str, url: httpx.URL, limit: int) -> RouterError:
+        return self.count(failures.too_large(failures.what(method, url), limit))
 
     def statistics(self) -> ClientStatistics:
         return ClientStatistics(
@@ -195,26 +253,32 @@ class Transport:
             skew=self._skew,
         )
 
-    def _note_date(self, response: httpx.Response) -> None:
-        date = failures.date_of(response.headers)
+    def _note_date(self, headers: Mapping[str, str]) -> None:
+        date = failures.date_of(headers)
         if date is not None:
             self._skew = date - self._clock.now()
             self._on_skew(self._skew)
 
-    async def _read(self, opened: "Opened", limit: int) -> bytes:
-        response = opened.response
-        self._note_date(response)
+    async def _read(self, opened: "Opened", limit: int, size: int | None = None) -> bytes:
+        """`size`: after so many bytes the end is not waited for."""
+        headers, request = opened.response.headers, opened.response.request
+        self._note_date(headers)
         raw = bytearray()
         async for chunk in opened:
             raw += chunk
             if len(raw) > limit:
-                raise self.too_large(response.request, limit)
+                raise self._too_large(request.method, request.url, limit)
+            if len(raw) == size:
+                break
+        return self._unpacked(request.method, request.url, headers, bytes(raw), limit)
+
+    def _unpacked(self, method: str, url: httpx.URL, headers: Mapping[str, str], raw: bytes, limit: int) -> bytes:
         try:
-            return unpack(bytes(raw), response.headers.get("content-encoding", ""), limit)
+            return unpack(raw, headers.get("content-encoding", ""), limit)
         except ContentTooLarge:
-            raise self.too_large(response.request, limit) from None
+            raise self._too_large(method, url, limit) from None
         except ContentError as error:
-            raise self.malformed(response.request.method, response.request.url, str(error)) from None
+            raise self.malformed(method, url, str(error)) from None
 
 
 class _Backend(httpcore.TrioBackend):
@@ -225,10 +289,14 @@ class _Backend(httpcore.TrioBackend):
 
 
 class Opened:
-    """A reply whose body is read by iterating: bytes as they travel. Raises RouterError when the connection breaks."""
+    """A reply whose body is read by iterating: bytes as they travel. Raises RouterError when the connection breaks.
+
+    `kept`: the next `aclose` is not meant for it.
+    """
 
     def __init__(self, transport: Transport, response: httpx.Response) -> None:
         self.response = response
+        self.kept = False
         self._transport = transport
         self._raw = response.aiter_raw()
 
@@ -244,6 +312,9 @@ class Opened:
         return chunk
 
     async def aclose(self) -> None:
+        if self.kept:
+            self.kept = False
+            return
         with trio.move_on_after(1, shield=True):
             await self.response.aclose()
             # httpx iterates by generators inside generators, and only the end of all of them closes all of them.
@@ -256,8 +327,3 @@ class Opened:
 def _parsed(url: str) -> httpx.URL:
     """Two of them are called a hundred times a second."""
     return httpx.URL(url)
-
-
-def _what(method: str, url: httpx.URL) -> str:
-    """For messages: without query, which may hold a signature, and without user and password."""
-    return f"{method} {url.copy_with(query=None, fragment=None, userinfo=b'')}"
