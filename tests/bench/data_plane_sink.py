@@ -147,14 +147,14 @@ class Sink:
                 await trio.sleep(when - time.monotonic())
                 self.load.tell(what)
             await trio.sleep(0.3)
-            nursery.cancel_scope.cancel()
+            self.load.report()
+            await trio.sleep_forever()  # the agent is to end first
 
 
 def main() -> None:
     port, times, requests, pieces, streams, seconds = sys.argv[1:]
     load = Load(Times(Path(times), int(requests), int(pieces)), int(streams), int(pieces), float(seconds))
     trio.run(Sink(load).run, int(port))
-    load.report()
 
 
 if __name__ == "__main__":
