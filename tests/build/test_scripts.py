@@ -111,7 +111,7 @@ def test_the_test_script_installs_what_the_system_lacks_or_names_it(tmp_path: Pa
     done = subprocess.run(command, env={"PATH": str(tools)}, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert says in done.stdout + done.stderr
-    assert "g++ binutils python3-venv python3-dev" in done.stdout + done.stderr
+    assert "g++ binutils python3-venv python3-dev systemd" in done.stdout + done.stderr
     assert ("apt-get update" in done.stdout) == (user == "0")
 
 

@@ -4,7 +4,8 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -173,10 +174,9 @@ class Loop:
         else:
             self.told.append(text)
 
-    async def watch(self, task_status: Any) -> None:
-        await self.notifier.watch(
-            lambda: self.beats, lambda: self.excused, lambda: self.status, task_status=task_status
-        )
+    @property
+    def watch(self) -> Callable[..., Awaitable[None]]:
+        return partial(self.notifier.watch, lambda: self.beats, lambda: self.excused, lambda: self.status)
 
     def feedings(self, begin: float, end: float) -> int:
         return sum(begin <= at < end for at in self.fed)

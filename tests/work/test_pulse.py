@@ -98,3 +98,18 @@ async def test_it_lives_while_what_was_spooled_is_sent(
     assert await lives(bench, 300)
     monkeypatch.setattr(bench.link, "turn", trio.sleep_forever)
     assert not await lives(bench, 180)
+
+
+async def test_a_slow_poll_and_the_wait_after_it_are_two_signs_of_life(
+    bench: Any, router: Any, monkeypatch: pytest.MonkeyPatch, autojump_clock: Any
+) -> None:
+    """A reply takes up to 35 s, and the router may ask for 30 s more until the next poll."""
+    poll = router.poll
+
+    async def slow(request: Any) -> Any:
+        await trio.sleep(34)
+        return await poll(request)
+
+    monkeypatch.setattr(router, "poll", slow)
+    router.say(retry_ms=30_000, instant=True)
+    assert await lives(bench, 600)
