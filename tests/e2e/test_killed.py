@@ -1,4 +1,4 @@
-"""SIGKILL to a real agent process, again and again, under a thousand streams: one ending each, what is whole is right."""
+"""SIGKILL to a real agent process, again and again, under a thousand streams: each has one ending."""
 
 import json
 from collections import Counter
