@@ -1,5 +1,6 @@
 """Whoever can write into the cache: nothing outside it is written, and what is served is the model or nothing."""
 
+import errno
 import gc
 import os
 import shutil
@@ -24,7 +25,7 @@ from hypothesis import strategies as st
 from xim_agent.cache.admin import Commands
 from xim_agent.cache.manifest import Chunk, File, Manifest
 from xim_agent.cache.partial import Partial
-from xim_agent.cache.service import Cache
+from xim_agent.cache.service import Cache, named
 from xim_agent.errors import AgentError, Exit
 from xim_agent.mesh.messages import ModelRef, Progress
 from xim_agent.router.publish import PublishedModel
@@ -500,3 +501,9 @@ def test_a_journal_says_nothing_but_chunks_whose_bytes_are_there(data: bytes, si
         assert Partial(root, SMALL).done == done
         assert (root / "journal").read_bytes()[-1:] in (b"", b"\n")  # what is written next is no part of a torn line
         assert Partial(root, SMALL).done == done
+
+
+def test_a_directory_of_another_user_is_named_with_its_cure() -> None:
+    with pytest.raises(AgentError) as caught, named("cache_directory", Path("/a b")):
+        raise PermissionError(errno.EACCES, "Permission denied", "blobs")
+    assert caught.value.hint == f"`chown -R {os.geteuid()} '/a b' && chmod -R u+rwX '/a b'`"

@@ -138,6 +138,11 @@ def test_a_longer_drain_needs_a_longer_wait(host: Host) -> None:
     assert "XEROTIER_AGENT_STOP_GRACE=630s" in found.cure
 
 
+def test_a_router_of_ours_has_nothing_to_drain(host: Host) -> None:
+    host.docker(seen='/x-router-1|<nil>|["/opt/xerotier/xerotier-xim-agent","router"]')
+    assert host.drain().status == "skipped"
+
+
 def test_a_container_of_ours_without_a_number_has_dockers_ten_seconds(host: Host) -> None:
     host.docker(seen='/x-agent-1|<nil>|["/usr/bin/xerotier-xim-agent"]')
     assert "killed after 10 s" in host.drain().text

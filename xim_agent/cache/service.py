@@ -45,7 +45,7 @@ def named(code: str, directory: Path) -> Iterator[None]:
     except (OSError, sqlite3.Error, RecursionError) as e:
         why = "directories in it are nested too deeply" if isinstance(e, RecursionError) else e
         text = f"cannot use the model cache {directory}: {why}"
-        raise AgentError(code, text, hint=tree.CURE, exit_code=Exit.STATE) from e
+        raise AgentError(code, text, hint=tree.cure(e, directory), exit_code=Exit.STATE) from e
 
 
 class Cache:

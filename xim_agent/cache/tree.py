@@ -21,6 +21,14 @@ CURE = "check owner, modes and disk of that directory"  # hint where the disk re
 _LINKS = (errno.ELOOP, errno.ENOTDIR)
 
 
+def cure(error: BaseException, directory: Path) -> str:
+    """The command that helps, where one does: a hint. `directory`: of the cache."""
+    place = shlex.quote(str(directory))
+    return (
+        f"`chown -R {os.geteuid()} {place} && chmod -R u+rwX {place}`" if isinstance(error, PermissionError) else CURE
+    )
+
+
 class Foreign(AgentError):
     """The cache did not make this: a link, a special file, a file with a second name. It is left as it is."""
 

@@ -145,11 +145,11 @@ def span(text: str) -> float | None:
 
 
 def containers(text: str) -> dict[str, float]:
-    """Seconds by container, of those that run our program, from what `docker inspect` prints for _LOOK."""
+    """Seconds by container, of those that run our agent, from what `docker inspect` prints for _LOOK."""
     found = {}
     for line in text.splitlines():
         name, _, rest = line.partition("|")
         seconds, _, entrypoint = rest.partition("|")
-        if _UNIT in entrypoint:
+        if _UNIT in entrypoint and '"router"' not in entrypoint:  # that one has nothing to drain
             found[name.removeprefix("/")] = float(seconds) if seconds.isdecimal() else DOCKERS_SECONDS
     return found
