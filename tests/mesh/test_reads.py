@@ -2,7 +2,7 @@ from typing import Any
 
 import trio
 
-from xim_agent.mesh.transport import READ
+from xim_agent.mesh.sockets import READ
 
 
 async def test_what_has_come_is_read_in_large_pieces(client: Any, start: Any, login: Any, answer: Any) -> None:

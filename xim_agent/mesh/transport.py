@@ -1,22 +1,20 @@
 """One HTTP call to the router: limits, time limits by silence, and every failure as a `RouterError`."""
 
 import math
-import socket
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Self
+from typing import Self
 
 import h11
-import httpcore
 import httpx
 import trio
 
 from xim_agent import __version__
 from xim_agent.clock import Clock
 from xim_agent.errors import AgentError, Exit
-from xim_agent.mesh import exchange, failures
+from xim_agent.mesh import exchange, failures, sockets
 from xim_agent.mesh.content import ContentError, ContentTooLarge, unpack
 from xim_agent.mesh.lines import Line, Lines
 from xim_agent.mesh.tls import verified
@@ -26,19 +24,6 @@ SILENCE_SECONDS = 10.0
 MAX_PROBLEM = 64 * 1024
 # hypercorn and nginx close idle connections after 75 s; ours go first, so that a call seldom meets a closing one.
 KEEPALIVE_SECONDS = 30.0
-# A peer that is not there any more shows itself by what it does not acknowledge for 4 s: by then TCP has sent it four
-# times, and an outage that is over earlier is over within 1.6 s for TCP too. On a connection that waits, such as a held
-# poll, the kernel asks every 2 s, by one packet without data. Without these it would take a quarter of an hour.
-SOCKET_OPTIONS = (
-    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 2),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1),
-    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 4000),
-)
-# In reads of 64 KiB, httpcore's own size, a gigabyte costs 2.5 s of CPU on its way through h11, httpcore and httpx; of
-# 512 KiB 1.5 s. A read returns what has come, so that nothing waits for more.
-READ = 512 * 1024
-httpcore.AsyncHTTP11Connection.READ_NUM_BYTES = READ
 _AGENT = {"user-agent": f"xerotier-xim-agent/{__version__}"}
 _ASKS = {"xim-protocol": str(failures.PROTOCOL), "accept-encoding": "zstd"}
 
@@ -82,8 +67,7 @@ class Transport:
             self._http = httpx.AsyncClient(verify=context, limits=limits, mounts=direct)
         except (ImportError, ValueError, httpx.InvalidURL):
             raise failures.unusable_proxy() from None  # what httpx says of it may hold a password
-        for pool in self._pools():
-            pool._network_backend = _Backend()
+        sockets.prepare(self._http)
         self._lines = Lines(KEEPALIVE_SECONDS)
 
     async def aclose(self) -> None:
@@ -195,20 +179,8 @@ class Transport:
             async with aclosing(Opened(self, response)) as opened:
                 yield opened
         except httpx.TransportError as error:
-            await self._close_idle()  # noqa: ASYNC120 - shielded
+            await sockets.close_idle(self._http)  # noqa: ASYNC120 - shielded
             raise self.lost(method, url, error) from error
-
-    async def _close_idle(self) -> None:
-        """Whatever ended one connection may have ended the others, without their telling."""
-        with trio.move_on_after(1, shield=True):
-            for pool in self._pools():
-                for connection in pool.connections:
-                    if connection.is_idle():
-                        await connection.aclose()
-
-    def _pools(self) -> list[httpcore.AsyncConnectionPool]:
-        every = (self._http._transport, *self._http._mounts.values())
-        return [transport._pool for transport in every if isinstance(transport, httpx.AsyncHTTPTransport)]
 
     async def _head(self, request: httpx.Request, seconds: float) -> httpx.Response:
         """`seconds` for all of it: time limits by silence never end a head that goes on for ever."""
@@ -279,13 +251,6 @@ class Transport:
             raise self._too_large(method, url, limit) from None
         except ContentError as error:
             raise self.malformed(method, url, str(error)) from None
-
-
-class _Backend(httpcore.TrioBackend):
-    """Sets SOCKET_OPTIONS; httpcore's own way to pass some leaves out connections to a system's proxy."""
-
-    async def connect_tcp(self, *args: Any, **kwargs: Any) -> httpcore.AsyncNetworkStream:
-        return await super().connect_tcp(*args, **kwargs | {"socket_options": SOCKET_OPTIONS})
 
 
 class Opened:
