@@ -18,6 +18,8 @@ class Needs:
     """A file that needs that version."""
     foreign: frozenset[str]
     """Libraries, other than those of glibc, that are not among the files."""
+    places: frozenset[str]
+    """Directories outside of the build where they look for libraries."""
 
 
 def _is_elf(path: Path) -> bool:
@@ -33,13 +35,16 @@ def needs(files: Iterable[Path]) -> Needs:
     """What `files` (one or more, all ELF) need together. Raises CalledProcessError when objdump fails."""
     found: dict[Path, tuple[int, int]] = {}
     wanted: set[str] = set()
+    places: set[str] = set()
     names = set()
     for file in files:
         names.add(file.name)
         command = ["objdump", "--private-headers", str(file)]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         found[file] = max(((int(a), int(b)) for a, b in _VERSION.findall(text)), default=(0, 0))
+        for path in re.findall(r"^\s+R(?:UN)?PATH\s+(\S+)", text, re.MULTILINE):
+            places |= {place for place in path.split(":") if not place.startswith("$ORIGIN")}
         wanted |= set(re.findall(r"^\s+NEEDED\s+(\S+)", text, re.MULTILINE))
     because = max(found, key=lambda file: found[file])
     foreign = {name for name in wanted - names if not _LIBC.fullmatch(name)}
-    return Needs(found[because], because, frozenset(foreign))
+    return Needs(found[because], because, frozenset(foreign), frozenset(places))

@@ -37,9 +37,21 @@ def _component(entry: dict[str, str], inside: list[dict[str, str]]) -> dict[str,
     return made
 
 
+def _text(document: dict[str, Any], executable: Path) -> str:
+    """With what tells which file it is about."""
+    digest = hashlib.sha256(executable.read_bytes()).hexdigest()
+    document["serialNumber"] = f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_OID, digest)}"
+    document["metadata"]["component"]["hashes"] = [{"alg": "SHA-256", "content": digest}]
+    return json.dumps(document, indent=1) + "\n"
+
+
+def sbom_of(executable: Path, other_form: Path) -> str:
+    """That of the same program in another form: `other_form` is the SBOM of the one file."""
+    return _text(json.loads(other_form.read_text()), executable)
+
+
 def sbom(found: list[dict[str, str]], executable: Path) -> str:
     """`found`: what components.py wrote."""
-    digest = hashlib.sha256(executable.read_bytes()).hexdigest()
     (own,) = [c for c in found if c["name"] == NAME]
     top = [c for c in found if not c["part_of"] and c is not own]
     made = [_component(c, [p for p in found if p["part_of"] == c["name"]]) for c in top]
@@ -49,16 +61,14 @@ def sbom(found: list[dict[str, str]], executable: Path) -> str:
         "name": NAME,
         "version": own["version"],
         "licenses": _licences(own["licence"]),
-        "hashes": [{"alg": "SHA-256", "content": digest}],
     }
     document = {
         "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
         "bomFormat": "CycloneDX",
         "specVersion": "1.6",
-        "serialNumber": f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_OID, digest)}",
         "version": 1,
         "metadata": {"component": root},
         "components": made,
         "dependencies": [{"ref": root["bom-ref"], "dependsOn": sorted(c["bom-ref"] for c in made)}],
     }
-    return json.dumps(document, indent=1) + "\n"
+    return _text(document, executable)

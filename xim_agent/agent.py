@@ -2,7 +2,7 @@
 
     root cancel scope                 cancelled by the second signal: "abandon"
     └─ SERVICES                       an exception here ends the process
-       ├─ signals · metrics server · control socket · cache.watch · GPU watch
+       ├─ signals · metrics server · control socket · systemd · cache.watch · GPU watch
        ├─ identity.service            load or enroll; refresh
        ├─ engine.service              restart loop; one CHILD nursery per run of vLLM
        ├─ assignment.service          assignment → cache.ensure → engine.switch

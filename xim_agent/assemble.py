@@ -13,7 +13,7 @@ from typing import Any
 
 import trio
 
-from xim_agent import __version__, agent, outside
+from xim_agent import __version__, agent, notify, outside
 from xim_agent.assignment.service import AssignmentService
 from xim_agent.cache.service import Cache
 from xim_agent.clock import Clock, SystemClock
@@ -108,6 +108,7 @@ async def assemble(config: Config, guard: Guard) -> AsyncIterator[Agent]:
 
     Raises AgentError for a state or cache directory that cannot be used, or is in use.
     """
+    systemd = notify.take(os.environ)
     clock = SystemClock()
     health = Health(clock.now)
     machine = await Machine.find(config, gpu_environment(config, os.environ))
@@ -129,6 +130,8 @@ async def assemble(config: Config, guard: Guard) -> AsyncIterator[Agent]:
         ):
             await guard.hold(store.lock)
             made = _wire(config, guard, clock, health, machine, store, router, cache)
+            if systemd is not None:
+                made = outside.told(made, systemd)
             try:
                 yield made
             except* RouterError as group:

@@ -3,11 +3,12 @@
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import msgspec
+import trio
 
 from xim_agent import PROTOCOL, __version__, agent
 from xim_agent.assignment.service import AssignmentService
@@ -15,6 +16,7 @@ from xim_agent.cache import control as cache_control
 from xim_agent.cache.admin import Commands
 from xim_agent.cache.claim import announce
 from xim_agent.cache.service import Cache
+from xim_agent.cli.status_show import one_line
 from xim_agent.clock import Clock, SystemClock
 from xim_agent.config.config import describe
 from xim_agent.config.fields import Config
@@ -30,11 +32,14 @@ from xim_agent.log import redact
 from xim_agent.mesh.client import RouterClient
 from xim_agent.metrics.registry import Collector
 from xim_agent.metrics.server import MetricsServer
+from xim_agent.notify import Notifier
 from xim_agent.work.poller import Poller
 from xim_agent.work.sender import Sender
 
 # A poll is held for 25 s at most.
 SILENT_SECONDS = 60.0
+# What a supervisor adds, for the end of the program itself.
+SPARE_SECONDS = 5.0
 
 
 def longest_stop(drain_seconds: float) -> float:
@@ -55,6 +60,8 @@ class Agent:
     sender: Sender
     health: Health
     machine: Machine
+    stop: trio.Event = field(default_factory=trio.Event)
+    status: Callable[[], dict[str, Any]] = field(default=dict)
 
     def reasons(self) -> list[str]:
         """Why this agent is not ready: link up, engine proven, not draining; empty when it is."""
@@ -62,7 +69,7 @@ class Agent:
         reasons = [] if work.link_up else ["link: the router has not answered the last poll"]
         if work.link_up and now - (work.last_poll or now) > SILENT_SECONDS:
             reasons.append("link: no poll was answered for a minute")
-        if (self.identity.statistics().token_expires or 0) < now:
+        if not self.has_token():
             reasons.append("identity: there is no valid token")
         if not self.engine.ready:
             reasons.append("engine: no model is proven to answer yet")
@@ -72,6 +79,9 @@ class Agent:
         if reasons:
             reasons += self.health.sentences()
         return reasons
+
+    def has_token(self) -> bool:
+        return (self.identity.statistics().token_expires or 0) >= SystemClock().now()
 
     def idle(self) -> list[str]:
         """Why no request runs now; empty while one does."""
@@ -116,12 +126,41 @@ def reachable(made: Agent, config: Config, clock: Clock, router: RouterClient) -
             **{name: report() for name, report in statistics.items()},
         }
 
-    listeners = [_control(made, config, status)]
+    def shown() -> dict[str, Any]:
+        """As JSON."""
+        found: dict[str, Any] = json.loads(redact(msgspec.json.encode(status(), enc_hook=str).decode()))
+        return found
+
+    listeners = [_control(made, config, shown)]
     if not config.disable_metrics_server:
         conditions = {"agent": lambda: process, "health": lambda: {c.code: 1 for c in made.health.conditions()}}
         listeners.append(_metrics(made, config, status, Collector(statistics | conditions)))
     all_listeners = (*made.parts.listeners, *listeners)
-    return replace(made, parts=replace(made.parts, listeners=all_listeners, on_hangup=partial(reread, config)))
+    parts = replace(made.parts, listeners=all_listeners, on_hangup=partial(reread, config))
+    return replace(made, parts=parts, status=shown)
+
+
+def told(made: Agent, systemd: Notifier) -> Agent:
+    """With the listeners that tell systemd. They are the last ones: READY comes when all the others listen."""
+
+    async def enrolled() -> None:
+        if not made.identity.enrolled:
+            await made.identity.wait_bearer()
+
+    listeners = (
+        systemd.deliver,
+        partial(systemd.stopping, made.stop, longest_stop(made.parts.drain_seconds) + SPARE_SECONDS),
+        partial(
+            systemd.watch,
+            beats=lambda: made.poller.beats,
+            excused=lambda: made.poller.waits or not made.has_token(),
+            status=lambda: one_line(made.status()),
+        ),
+        partial(systemd.ready, enrolled),
+    )
+    on_hangup = partial(systemd.reload, made.parts.on_hangup)
+    parts = replace(made.parts, listeners=(*made.parts.listeners, *listeners), on_hangup=on_hangup)
+    return replace(made, parts=parts)
 
 
 def _metrics(made: Agent, config: Config, status: Callable[[], dict[str, Any]], collector: Collector) -> Any:
@@ -140,7 +179,7 @@ def _control(made: Agent, config: Config, status: Callable[[], dict[str, Any]]) 
     store = made.cache.store
     path = runtime_directory(config.config_path, os.environ) / control_name(store.root)
     own = commands.calls(
-        status=lambda: json.loads(redact(msgspec.json.encode(status(), enc_hook=str).decode())),
+        status=status,
         drain=partial(made.poller.drain, commands.OPERATOR),
         resume=partial(made.poller.undrain, commands.OPERATOR),
         drained_by=lambda: made.poller.statistics().drained_by,

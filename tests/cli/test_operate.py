@@ -16,7 +16,7 @@ import trio
 
 from xim_agent.cache import claim
 from xim_agent.cli import agent_reach, cache_reach
-from xim_agent.cli.status_show import lines
+from xim_agent.cli.status_show import lines, one_line
 from xim_agent.config.fields import Config
 from xim_agent.control import client
 from xim_agent.control.server import ControlServer, listen
@@ -58,6 +58,13 @@ def test_every_line_of_status() -> None:
         "idle": ["router: no request waits for toy"],
         "trouble": ["disk_full: no room (since 60 s ago); make some"],
     }
+
+
+def test_status_in_one_line() -> None:
+    trouble = "disk_full: no room"
+    assert one_line(STATUS) == f"ready; model toy r1, generation 3; engine ready, 0 of 64 requests, 1 starts; {trouble}"
+    found = one_line(STATUS | {"identity": {"enrolled": False}, "health": []})
+    assert found.startswith("not enrolled; model toy")
 
 
 def test_status_of_an_agent_that_is_not_well() -> None:

@@ -1,6 +1,7 @@
 """Both forms of the executable as a running agent: whom a signal reaches, what is left behind, and memory at rest."""
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,6 +89,20 @@ def test_ctrl_c_reaches_bootloader_and_program_and_still_drains(
         os.kill(process.pid, signal.SIGINT)
     assert agent.ends() == 0
     assert "abandoning" not in agent.started.text
+
+
+def test_what_an_upgrade_replaces_is_not_needed_to_answer_and_end(
+    router: Stack, agent_onedir: Path, tmp_path: Path
+) -> None:
+    """A package restarts the agent when its files are replaced already."""
+    shutil.copytree(agent_onedir.parent, tmp_path / "old", symlinks=True)
+    agent = Agent(router, "one directory", tmp_path / "old" / agent_onedir.name, tmp_path)
+    shutil.rmtree(tmp_path / "old")
+    body = {"model": "toy", "prompt": "x", "max_tokens": 2}
+    assert router.post("/v1/completions", body).status_code == 200
+    agent.started.popen.terminate()
+    assert agent.ends() == 0
+    assert "Traceback" not in agent.started.text
 
 
 def test_one_directory_is_one_process_and_runs_where_nothing_may_be_unpacked(

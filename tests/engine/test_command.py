@@ -200,7 +200,8 @@ def test_child_environment_is_the_operators() -> None:
     ours = {
         "PATH": "/bin", "LD_LIBRARY_PATH": "/tmp/_MEI1", "LD_LIBRARY_PATH_ORIG": "/opt/cuda", "_MEIPASS2": "x",
         "_PYI_ARCHIVE_FILE": "x", "PYTHONHOME": "/tmp/_MEI1", "PYTHONPATH": "/tmp/_MEI1/lib", "PYTHONHASHSEED": "0",
-        "XEROTIER_AGENT_JOIN_KEY": "xjk_secret", "NOTIFY_SOCKET": "@x",
+        "XEROTIER_AGENT_JOIN_KEY": "xjk_secret", "NOTIFY_SOCKET": "@x", "WATCHDOG_USEC": "1",
+        "WATCHDOG_PID": "1", "CREDENTIALS_DIRECTORY": "/run/credentials/x",
     }  # fmt: skip
     assert child_environment(ours, {"A": "1"}, "/tmp/_MEI1") == {
         "PATH": "/bin", "LD_LIBRARY_PATH": "/opt/cuda", "PYTHONHASHSEED": "0", "A": "1", **CUDA_ORDER

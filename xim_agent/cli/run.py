@@ -17,7 +17,7 @@ async def _run(config: Any, guard: Any) -> None:
     async with assemble(config, guard) as made, trio.open_nursery() as nursery:
         if sys.stderr.isatty():
             nursery.start_soon(show_transfers, lambda: made.assignment.progress)
-        await agent.run(made.parts)
+        await agent.run(made.parts, stop=made.stop)
         nursery.cancel_scope.cancel()
 
 

@@ -31,6 +31,15 @@ def lines(found: Found, now: float) -> Iterator[tuple[str, str]]:
         yield "trouble", f"{condition['code']}: {condition['text']} (since {ago(condition['since'], now)}){cure}"
 
 
+def one_line(found: Found) -> str:
+    """The same in short, for where there is one line."""
+    parts = [_state(found["work"]) if found["identity"]["enrolled"] else "not enrolled"]
+    parts.append(f"model {_model(found['assignment'])}")
+    parts.append(f"engine {_engine(found['engine'])}")
+    parts += [f"{condition['code']}: {condition['text']}" for condition in found["health"]]
+    return "; ".join(parts)
+
+
 def _state(work: Found) -> str:
     asked = f", asked by {', '.join(work['drained_by'])}" if work["drained_by"] else ""
     return f"{work['phase']}{asked}"

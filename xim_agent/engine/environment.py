@@ -93,7 +93,7 @@ def child_environment(environ: Mapping[str, str], added: Mapping[str, str], bund
         name: value
         for name, value in environ.items()
         if not name.startswith((PREFIX, "_MEI", "_PYI"))
-        and name not in ("NOTIFY_SOCKET", "CREDENTIALS_DIRECTORY")
+        and name not in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "CREDENTIALS_DIRECTORY")
         and not name.lower().endswith("_proxy")
     }
     if bundle is not None:

@@ -55,9 +55,14 @@ class Link:
         self._down_since: float | None = None
         self._last: tuple[Kind, RouterError] | None = None
 
+    @property
+    def closed(self) -> bool:
+        """Nobody may call now: the backoff is not over, or one call tries alone."""
+        return not self.up and (self._probing or trio.current_time() < self._until)
+
     async def turn(self) -> None:
         """Returns when a call may be made now. A caller that does not make it holds nobody up."""
-        while not self.up and (self._probing or trio.current_time() < self._until):
+        while self.closed:
             seen = self._changed.version
             with trio.move_on_at(float("inf") if self._probing else self._until):
                 await self._changed.wait_beyond(seen)

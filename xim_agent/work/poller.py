@@ -87,6 +87,7 @@ class Poller:
         self._scope: trio.CancelScope | None = None
         self._soft_at = float("-inf")
         self._empty = 0
+        self.beats = 0  # grows when a poll, or a wait between two, has ended
         sender.freed = self.changed
         link.on_back = self._replace
 
@@ -139,6 +140,7 @@ class Poller:
     async def run(self, work: trio.Nursery) -> None:
         """Polls until cancelled; starts requests in `work`. Raises AgentError when the router says that we must end."""
         await self._sender.send_spooled()
+        self.beats = 1
         while True:
             await self._link.turn()
             try:
@@ -146,6 +148,7 @@ class Poller:
             except RouterError as error:
                 self._failed += 1
                 await self._refused(error)
+            self.beats += 1
 
     async def _turn(self, work: trio.Nursery) -> None:
         view = self._view()
@@ -159,6 +162,7 @@ class Poller:
                 reply = await self._router.poll(request)
         finally:
             self._scope = None
+            self.beats += 1
         if reply is None:
             self._replaced += 1
             self._soft_at = trio.current_time()
@@ -174,6 +178,11 @@ class Poller:
         self._sender.leases.renew(request.held, sent_at)
         self._apply(reply, work, view.capacity, sent_at)
         await self._pace(reply, request.wait_ms, trio.current_time() - sent_at)
+
+    @property
+    def waits(self) -> bool:
+        """It has no poll under way and may not begin one."""
+        return self.beats == 0 or (self._scope is None and self._link.closed)
 
     def _view(self) -> capacity.View:
         return capacity.View(
