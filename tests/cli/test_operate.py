@@ -34,6 +34,7 @@ STATUS: dict[str, Any] = {
     "engine": {"state": "ready", "active": 0, "ceiling": 64, "starts": 1, "failures": 0, "failure": None},
     "cache": {"bytes_used": 12_000_000_000, "bound": 100_000_000_000},
     "idle": ["router: no request waits for toy"],
+    "history": [{"at": NOW - 30, "what": "engine", "before": "starting", "after": "ready"}],
     "health": [{"code": "disk_full", "text": "no room", "hint": "make some", "since": NOW - 60}],
 }  # fmt: skip
 
@@ -55,6 +56,7 @@ def test_every_line_of_status() -> None:
         "engine": ["ready, 0 of 64 requests, 1 starts"],
         "cache": ["12.0 GB of 100.0 GB"],
         "requests": ["0 running, 7 taken, 1 refused; ended: 1 cancelled, 6 complete"],
+        "changed": ["engine: starting -> ready, 30 s ago"],
         "idle": ["router: no request waits for toy"],
         "trouble": ["disk_full: no room (since 60 s ago); make some"],
     }
@@ -270,3 +272,20 @@ async def test_an_agent_that_hangs_or_is_older(place: Place, monkeypatch: pytest
 
     monkeypatch.setattr(client, "call", never)
     assert (await place.refused()).code == "agent_silent"
+
+
+async def test_requests_for_people_and_for_programs(place: Place) -> None:
+    row = {"request": "r-1\x1b", "lease": 7, "path": "/v1/completions", "seconds": 12.34, "phase": "streaming",
+           "bytes": 4321, "chunks": 31}  # fmt: skip
+    found = {"schema": 1, "requests": [row]}
+    async with place.agent(requests=answers(found, found, {"schema": 1, "requests": []})):
+        people, programs, none = (
+            await place.run("requests"),
+            await place.run("requests", "--json"),
+            await place.run("requests"),
+        )
+    head, line = people.stdout.decode().splitlines()
+    assert head.split() == ["REQUEST", "LEASE", "AGE", "PHASE", "CHUNKS", "SIZE", "PATH"]
+    assert line.split() == ["r-1?", "7", "12.3", "s", "streaming", "31", "4", "kB", "/v1/completions"]
+    assert json.loads(programs.stdout) == found
+    assert none.stdout == b"no request runs\n"

@@ -266,3 +266,29 @@ async def test_nothing_is_kept_for_a_line_that_nobody_reads(bench: Any, router: 
     await router.ended(router.offer())
     await bench.settle(0.5)
     assert (len(bench.sender.leases), bench.sender._hops) == (1, {})
+
+
+async def test_what_is_held_is_listed_by_phase_until_it_is_acknowledged(
+    bench: Any, router: Any, autojump_clock: Any
+) -> None:
+    bench.engine.script = [1.0, b"abc", 1.0, b"de"]
+    await bench.settle(1)
+    router.bodies = {"late": [LOST, b"body"]}
+    waiting, asked = router.offer(request="late", body=None), router.offer(request="now")
+    await bench.settle(0.1)
+    shown = {one.request: one for one in bench.sender.requests()}
+    assert (shown["late"].phase, shown["now"].phase) == ("waiting", "prefill")
+    assert (shown["now"].lease, shown["now"].bytes, shown["now"].chunks) == (asked, 0, 0)
+    await bench.settle(1.2)
+    now = next(one for one in bench.sender.requests() if one.request == "now")
+    assert (now.phase, now.bytes, now.chunks) == ("streaming", 3, 1)
+    assert now.seconds > 1
+    router.ack = False
+    await router.ended(asked)
+    await bench.settle(0.1)
+    assert next(one for one in bench.sender.requests() if one.request == "now").phase == "ending"
+    router.ack = True
+    await router.ended(waiting)
+    await bench.settle(20)
+    assert bench.sender.requests() == []
+    assert not bench.sender._ending
