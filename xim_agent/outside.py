@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import trio
 
-from xim_agent import PROTOCOL, __version__, agent
+from xim_agent import PROTOCOL, __version__, agent, leaks
 from xim_agent.assignment.service import AssignmentService
 from xim_agent.cache import control as cache_control
 from xim_agent.cache.admin import Commands
@@ -29,7 +29,7 @@ from xim_agent.hardware.machine import Machine
 from xim_agent.health import Health
 from xim_agent.history import History
 from xim_agent.identity.service import IdentityService
-from xim_agent.log import kept, redact
+from xim_agent.log import hidden, kept, redact
 from xim_agent.mesh.client import RouterClient
 from xim_agent.metrics.registry import Collector
 from xim_agent.metrics.server import MetricsServer
@@ -195,6 +195,14 @@ def _plain(value: Any) -> Any:
     return json.loads(redact(msgspec.json.encode(value, enc_hook=str).decode()))
 
 
+def _logs(status: dict[str, Any]) -> dict[str, Any]:
+    """The last lines, and which secrets that only this process knows are in them or in the status, encoded."""
+    agent, engine = kept.agent(), kept.engine()
+    members = {"status.json": json.dumps(status, ensure_ascii=False)}
+    members |= {"log-agent.jsonl": "\n".join(agent), "log-engine.jsonl": "\n".join(engine)}
+    return {"agent": agent, "engine": engine, "leaks": leaks.find(members, hidden())}
+
+
 def _metrics(made: Agent, config: Config, status: Callable[[], dict[str, Any]], collector: Collector) -> Any:
     server = MetricsServer(
         collect=collector.text,
@@ -213,7 +221,7 @@ def _control(made: Agent, config: Config, status: Callable[[], dict[str, Any]]) 
     own = commands.calls(
         status=status,
         requests=lambda: {"schema": SCHEMA, "requests": _plain(made.sender.requests())},
-        logs=lambda: {"agent": kept.agent(), "engine": kept.engine()},
+        logs=lambda: _logs(status()),
         drain=partial(made.poller.drain, commands.OPERATOR),
         resume=partial(made.poller.undrain, commands.OPERATOR),
         drained_by=lambda: made.poller.statistics().drained_by,
