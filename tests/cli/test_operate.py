@@ -289,3 +289,46 @@ async def test_requests_for_people_and_for_programs(place: Place) -> None:
     assert line.split() == ["r-1?", "7", "12.3", "s", "streaming", "31", "4", "kB", "/v1/completions"]
     assert json.loads(programs.stdout) == found
     assert none.stdout == b"no request runs\n"
+
+
+async def test_watch_says_what_is_new_waits_for_the_next_agent_and_ends_well(place: Place) -> None:
+    """A look that changes only its clocks and counters is no news; Ctrl-C is how it is ended."""
+    said = bytearray()
+    other = STATUS | {
+        "history": [*STATUS["history"], {"at": NOW, "what": "drain", "before": "", "after": "an operator"}]
+    }
+    looks = [STATUS, STATUS | {"cache": {"bytes_used": 1, "bound": 2}}, other]
+    last = trio.Event()
+
+    async def status(arguments: Any, report: Any) -> Any:
+        await trio.lowlevel.checkpoint()
+        if len(looks) == 1:
+            last.set()
+        return looks.pop(0) if len(looks) > 1 else looks[0]
+
+    async def read(stream: trio.abc.ReceiveStream) -> None:
+        async for data in stream:
+            said.extend(data)
+
+    async def seen(words: bytes) -> None:
+        while words not in said:  # noqa: ASYNC110  another process writes it
+            await trio.sleep(0.05)
+
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            async with place.agent(status=status):
+                process = await trio.lowlevel.open_process(**place.start("status", "--watch"), stdout=subprocess.PIPE)
+                assert process.stdout is not None
+                nursery.start_soon(read, process.stdout)
+                await last.wait()
+                await seen(b"drain: - -> an operator")
+            await seen(b"no agent runs here: the last one, process 4711, has ended")
+            process.send_signal(signal.SIGINT)
+            assert await process.wait() == 0
+    assert said.count(b"--- ") == 3, said.decode()
+
+
+async def test_watch_without_an_agent_ends_at_once_as_without_watch(place: Place) -> None:
+    for command in ("status", "requests"):
+        done = await place.run(command, "--watch")
+        assert (done.returncode, done.stdout) == (1, b""), command

@@ -52,7 +52,13 @@ def rows(name: str, kind: Any) -> list[str]:
 
 
 def form() -> str:
-    found = [f"schema: {SCHEMA}"]
+    found = [
+        f"schema: {SCHEMA}",
+        "config: by option, as in config/fields.py, secrets masked",
+        "not_ready[]: str",
+        "idle[]: str",
+    ]
+    found += [f"health[].{name}: {'float' if name == 'since' else 'str'}" for name in ("code", "text", "hint", "since")]
     for name, part in PARTS.items():
         kind = part if is_dataclass(part) else get_type_hints(part.statistics)["return"]
         found += rows(name, kind)

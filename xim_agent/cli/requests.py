@@ -16,17 +16,30 @@ from xim_agent.cli.options import AgentCommand
     "chunk is one piece of the answer, for most models a token." + CODES,
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: schema, requests")
-def command(as_json: bool, **flags: Any) -> None:
+@click.option("--watch", is_flag=True, help="Go on until Ctrl-C; with --json a line a second, else where it changes")
+def command(as_json: bool, watch: bool, **flags: Any) -> None:
+    if watch:
+        from xim_agent.cli import watching
+
+        watching.watch(flags, "requests", json.dumps if as_json else _text, None if as_json else _news)
+        return
     found = ask(flags, "requests", {})
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return
+    click.echo(_text(found))
+
+
+def _news(found: Any) -> object:
+    return [(row["lease"], row["phase"]) for row in found["requests"]]
+
+
+def _text(found: Any) -> str:
     from xim_agent.cli.progress import size
-    from xim_agent.cli.table import cell, show
+    from xim_agent.cli.table import aligned, cell
 
     if not found["requests"]:
-        click.echo("no request runs")
-        return
+        return "no request runs"
     columns = {
         "REQUEST": cell("request"),
         "LEASE": cell("lease"),
@@ -36,4 +49,4 @@ def command(as_json: bool, **flags: Any) -> None:
         "SIZE": lambda row: size(row["bytes"]),
         "PATH": cell("path"),
     }
-    show(found["requests"], columns, as_json=False)
+    return aligned(found["requests"], columns)
