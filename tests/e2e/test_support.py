@@ -61,7 +61,8 @@ def test_an_operator_hands_it_to_support(stack: Traced, tmp_path: Path) -> None:
     assert json.loads(found["status.json"])["agent"]["pid"] == status["agent"]["pid"]
     assert request in found["log-agent.jsonl"]
     assert found["log-engine.jsonl"].strip()
-    assert "agent" not in json.loads(found["about.json"])["problems"]
+    assert json.loads(found["about.json"])["problems"] == {}
+    assert [plan["model"]["task"] for plan in json.loads(found["plan.json"]).values()] == ["generate"]
     line = next(json.loads(t) for t in agent.text.splitlines() if '"acknowledged_ms"' in t)
     assert (line["request"], line["lease"] > 0) == (request, True)
     everything = agent.text + str(found)

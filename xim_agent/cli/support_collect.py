@@ -120,18 +120,19 @@ def _plan(found: Collected, config: Config, machine: Any) -> None:
     from xim_agent.cli.plan import planned
 
     try:
-        directories = sorted(path for path in (config.model_cache_path / "ready").iterdir() if path.is_dir())
+        ready = config.model_cache_path / "ready"
+        directories = sorted(path for name in ready.iterdir() for path in name.iterdir() if path.is_dir())
     except OSError as error:
         found.problems["plan"] = log.redact(f"no ready model: {error}")
         return
     plans = {}
     for directory in directories:
         try:
-            plans[directory.name] = planned(config, machine, directory, None)
+            plans[str(directory.relative_to(ready))] = planned(config, machine, directory, None)
         except AgentError as error:
-            found.missing(f"plan {directory.name}", error)
+            found.missing(f"plan {directory.relative_to(ready)}", error)
         except (OSError, ValueError) as error:
-            found.problems[f"plan {directory.name}"] = log.redact(str(error))
+            found.problems[f"plan {directory.relative_to(ready)}"] = log.redact(str(error))
     found.add("plan.json", plans)
 
 
