@@ -292,3 +292,18 @@ async def test_what_is_held_is_listed_by_phase_until_it_is_acknowledged(
     await bench.settle(20)
     assert bench.sender.requests() == []
     assert not bench.sender._ending
+
+
+async def test_the_engines_last_words_are_in_no_line(
+    bench: Any, router: Any, caplog: pytest.LogCaptureFixture, autojump_clock: Any
+) -> None:
+    """They may quote what was asked; the client, who asked it, gets them."""
+    caplog.set_level(5, "xim_agent")
+    bench.engine.headers = {"content-type": "text/event-stream"}
+    bench.engine.script = [b'data: {"error": {"message": "cannot read secret prompt"}}\n\n', b"data: [DONE]\n\n"]
+    lease = router.offer(request="r9")
+    ending = await router.ended(lease)
+    assert "secret prompt" in ending.message
+    (line,) = [r.__dict__ for r in caplog.records if r.getMessage() == "request failed"]
+    assert (line["request"], line["lease"], line["code"]) == ("r9", lease, "engine_lost")
+    assert "secret" not in caplog.text + str([r.__dict__ for r in caplog.records])
