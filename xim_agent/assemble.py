@@ -198,7 +198,6 @@ def _wire(
         changed=changed,
     )
     identity.outdated = assignment.again
-    changed.listener = health.on_change = poller.changed
     made = Agent(
         identity=identity, cache=cache, assignment=assignment, engine=engine, poller=poller, sender=sender,
         health=health, machine=machine, parts=agent.Parts(
@@ -206,4 +205,4 @@ def _wire(
             listeners=(cache.watch, cards.run), drain_seconds=config.drain_timeout_seconds,
         ),
     )  # fmt: skip
-    return outside.reachable(made, config, clock, router)
+    return outside.reachable(made, config, clock, router, changed)

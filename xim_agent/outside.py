@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import trio
 
-from xim_agent import PROTOCOL, __version__, agent
+from xim_agent import PROTOCOL, __version__, agent, leaks
 from xim_agent.assignment.service import AssignmentService
 from xim_agent.cache import control as cache_control
 from xim_agent.cache.admin import Commands
@@ -27,17 +27,21 @@ from xim_agent.control.server import ControlServer
 from xim_agent.engine.service import EngineService
 from xim_agent.hardware.machine import Machine
 from xim_agent.health import Health
+from xim_agent.history import History
 from xim_agent.identity.service import IdentityService
-from xim_agent.log import redact
+from xim_agent.log import hidden, kept, redact
 from xim_agent.mesh.client import RouterClient
 from xim_agent.metrics.registry import Collector
 from xim_agent.metrics.server import MetricsServer
 from xim_agent.notify import Notifier
+from xim_agent.watch import Changed
 from xim_agent.work.poller import Poller
 from xim_agent.work.sender import Sender
 
 # A poll is held for 25 s at most.
 SILENT_SECONDS = 60.0
+# Of `status` and `requests`: raised when a member goes or changes its meaning.
+SCHEMA = 1
 # What a supervisor adds, for the end of the program itself.
 SPARE_SECONDS = 5.0
 
@@ -94,6 +98,18 @@ class Agent:
             return ["switch: another model takes the place of this one"]
         return [f"router: {work.idle_reason or 'it has not said why there is no request'}"]
 
+    def view(self) -> dict[str, str]:
+        """What `history` keeps the changes of."""
+        work, model = self.poller.statistics(), self.assignment.statistics().model
+        return {
+            "state": work.phase,
+            "router": "answers" if work.link_up else "does not answer",
+            "drain": ", ".join(work.drained_by),
+            "model": f"{model.name} {model.revision}" if model else "",
+            "engine": self.engine.statistics().state,
+            **{f"trouble {c.code}": c.text for c in self.health.conditions()},
+        }
+
 
 @dataclass(frozen=True)
 class Process:
@@ -103,7 +119,7 @@ class Process:
     pid: int
 
 
-def reachable(made: Agent, config: Config, clock: Clock, router: RouterClient) -> Agent:
+def reachable(made: Agent, config: Config, clock: Clock, router: RouterClient, changed: Changed) -> Agent:
     """With the listeners for operators and for what collects metrics, and with what a SIGHUP does."""
     process = Process(__version__, PROTOCOL, clock.now(), os.getpid())
     statistics: dict[str, Callable[[], Any]] = {
@@ -115,20 +131,31 @@ def reachable(made: Agent, config: Config, clock: Clock, router: RouterClient) -
         "engine": made.engine.statistics,
     }
 
+    history = History(clock.now, made.view)
+
+    def news() -> None:
+        history.look()
+        made.poller.changed()
+
+    changed.listener = made.health.on_change = news
+
     def status() -> dict[str, Any]:
+        history.look()
         return {
+            "schema": SCHEMA,
             "agent": process,
             "config": describe(config),
             "not_ready": made.reasons(),
             "idle": made.idle(),
             "health": made.health.report(),
             "hardware": made.machine.hardware,
+            "history": history.changes(),
             **{name: report() for name, report in statistics.items()},
         }
 
     def shown() -> dict[str, Any]:
         """As JSON."""
-        found: dict[str, Any] = json.loads(redact(msgspec.json.encode(status(), enc_hook=str).decode()))
+        found: dict[str, Any] = _plain(status())
         return found
 
     listeners = [_control(made, config, shown)]
@@ -163,6 +190,19 @@ def told(made: Agent, systemd: Notifier) -> Agent:
     return replace(made, parts=parts)
 
 
+def _plain(value: Any) -> Any:
+    """As JSON has it, without secrets."""
+    return json.loads(redact(msgspec.json.encode(value, enc_hook=str).decode()))
+
+
+def _logs(status: dict[str, Any]) -> dict[str, Any]:
+    """The last lines, and which secrets that only this process knows are in them or in the status, encoded."""
+    agent, engine = kept.agent(), kept.engine()
+    members = {"status.json": json.dumps(status, ensure_ascii=False)}
+    members |= {"log-agent.jsonl": "\n".join(agent), "log-engine.jsonl": "\n".join(engine)}
+    return {"agent": agent, "engine": engine, "leaks": leaks.find(members, hidden())}
+
+
 def _metrics(made: Agent, config: Config, status: Callable[[], dict[str, Any]], collector: Collector) -> Any:
     server = MetricsServer(
         collect=collector.text,
@@ -180,6 +220,8 @@ def _control(made: Agent, config: Config, status: Callable[[], dict[str, Any]]) 
     path = runtime_directory(config.config_path, os.environ) / control_name(store.root)
     own = commands.calls(
         status=status,
+        requests=lambda: {"schema": SCHEMA, "requests": _plain(made.sender.requests())},
+        logs=lambda: _logs(status()),
         drain=partial(made.poller.drain, commands.OPERATOR),
         resume=partial(made.poller.undrain, commands.OPERATOR),
         drained_by=lambda: made.poller.statistics().drained_by,

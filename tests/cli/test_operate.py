@@ -34,6 +34,7 @@ STATUS: dict[str, Any] = {
     "engine": {"state": "ready", "active": 0, "ceiling": 64, "starts": 1, "failures": 0, "failure": None},
     "cache": {"bytes_used": 12_000_000_000, "bound": 100_000_000_000},
     "idle": ["router: no request waits for toy"],
+    "history": [{"at": NOW - 30, "what": "engine", "before": "starting", "after": "ready"}],
     "health": [{"code": "disk_full", "text": "no room", "hint": "make some", "since": NOW - 60}],
 }  # fmt: skip
 
@@ -55,6 +56,7 @@ def test_every_line_of_status() -> None:
         "engine": ["ready, 0 of 64 requests, 1 starts"],
         "cache": ["12.0 GB of 100.0 GB"],
         "requests": ["0 running, 7 taken, 1 refused; ended: 1 cancelled, 6 complete"],
+        "changed": ["engine: starting -> ready, 30 s ago"],
         "idle": ["router: no request waits for toy"],
         "trouble": ["disk_full: no room (since 60 s ago); make some"],
     }
@@ -270,3 +272,63 @@ async def test_an_agent_that_hangs_or_is_older(place: Place, monkeypatch: pytest
 
     monkeypatch.setattr(client, "call", never)
     assert (await place.refused()).code == "agent_silent"
+
+
+async def test_requests_for_people_and_for_programs(place: Place) -> None:
+    row = {"request": "r-1\x1b", "lease": 7, "path": "/v1/completions", "seconds": 12.34, "phase": "streaming",
+           "bytes": 4321, "chunks": 31}  # fmt: skip
+    found = {"schema": 1, "requests": [row]}
+    async with place.agent(requests=answers(found, found, {"schema": 1, "requests": []})):
+        people, programs, none = (
+            await place.run("requests"),
+            await place.run("requests", "--json"),
+            await place.run("requests"),
+        )
+    head, line = people.stdout.decode().splitlines()
+    assert head.split() == ["REQUEST", "LEASE", "AGE", "PHASE", "CHUNKS", "SIZE", "PATH"]
+    assert line.split() == ["r-1?", "7", "12.3", "s", "streaming", "31", "4", "kB", "/v1/completions"]
+    assert json.loads(programs.stdout) == found
+    assert none.stdout == b"no request runs\n"
+
+
+async def test_watch_says_what_is_new_waits_for_the_next_agent_and_ends_well(place: Place) -> None:
+    """A look that changes only its clocks and counters is no news; Ctrl-C is how it is ended."""
+    said = bytearray()
+    other = STATUS | {
+        "history": [*STATUS["history"], {"at": NOW, "what": "drain", "before": "", "after": "an operator"}]
+    }
+    looks = [STATUS, STATUS | {"cache": {"bytes_used": 1, "bound": 2}}, other]
+    last = trio.Event()
+
+    async def status(arguments: Any, report: Any) -> Any:
+        await trio.lowlevel.checkpoint()
+        if len(looks) == 1:
+            last.set()
+        return looks.pop(0) if len(looks) > 1 else looks[0]
+
+    async def read(stream: trio.abc.ReceiveStream) -> None:
+        async for data in stream:
+            said.extend(data)
+
+    async def seen(words: bytes) -> None:
+        while words not in said:  # noqa: ASYNC110  another process writes it
+            await trio.sleep(0.05)
+
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            async with place.agent(status=status):
+                process = await trio.lowlevel.open_process(**place.start("status", "--watch"), stdout=subprocess.PIPE)
+                assert process.stdout is not None
+                nursery.start_soon(read, process.stdout)
+                await last.wait()
+                await seen(b"drain: - -> an operator")
+            await seen(b"no agent runs here: the last one, process 4711, has ended")
+            process.send_signal(signal.SIGINT)
+            assert await process.wait() == 0
+    assert said.count(b"--- ") == 3, said.decode()
+
+
+async def test_watch_without_an_agent_ends_at_once_as_without_watch(place: Place) -> None:
+    for command in ("status", "requests"):
+        done = await place.run(command, "--watch")
+        assert (done.returncode, done.stdout) == (1, b""), command

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from fakes.engine import CPU_HOST, assignment, write_model
 
-from xim_agent.cli.plan import _planned
+from xim_agent.cli.plan import planned
 from xim_agent.config.fields import Config
 from xim_agent.config.paths import expected_runtime_directory
 from xim_agent.engine.command import Places
@@ -174,7 +174,7 @@ def test_errors_name_the_cause(tmp_path: Path, broken: str, code: Exit, said: st
     if broken in ("header", "weights", "size"):  # the way from there to the message is that of the others
         config = Config(max_model_len=10**12 if broken == "size" else None)
         with pytest.raises(AgentError) as refused:
-            _planned(config, from_document(file.read_bytes(), "h.json"), model, None)
+            planned(config, from_document(file.read_bytes(), "h.json"), model, None)
         assert refused.value.exit_code == code
         assert said in f"{refused.value.message} [{refused.value.code}]"
         return

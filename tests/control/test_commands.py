@@ -20,6 +20,8 @@ class Work:
     def calls(self) -> Any:
         return calls(
             status=self.status,
+            requests=lambda: {"requests": [7]},
+            logs=lambda: {"agent": ["a line"]},
             drain=lambda: self.asked.add(OPERATOR),
             resume=lambda: self.asked.discard(OPERATOR),
             drained_by=lambda: sorted(self.asked),
@@ -76,3 +78,5 @@ async def test_a_wait_that_is_cut_leaves_the_drain(autojump_clock: trio.testing.
 
 async def test_status_is_what_the_agent_says(autojump_clock: trio.testing.MockClock) -> None:
     assert (await Work().calls()["status"]({}, print))["idle"] == ["because"]
+    assert await Work().calls()["requests"]({}, print) == {"requests": [7]}
+    assert await Work().calls()["logs"]({}, print) == {"agent": ["a line"]}

@@ -266,3 +266,44 @@ async def test_nothing_is_kept_for_a_line_that_nobody_reads(bench: Any, router: 
     await router.ended(router.offer())
     await bench.settle(0.5)
     assert (len(bench.sender.leases), bench.sender._hops) == (1, {})
+
+
+async def test_what_is_held_is_listed_by_phase_until_it_is_acknowledged(
+    bench: Any, router: Any, autojump_clock: Any
+) -> None:
+    bench.engine.script = [1.0, b"abc", 1.0, b"de"]
+    await bench.settle(1)
+    router.bodies = {"late": [LOST, b"body"]}
+    waiting, asked = router.offer(request="late", body=None), router.offer(request="now")
+    await bench.settle(0.1)
+    shown = {one.request: one for one in bench.sender.requests()}
+    assert (shown["late"].phase, shown["now"].phase) == ("waiting", "prefill")
+    assert (shown["now"].lease, shown["now"].bytes, shown["now"].chunks) == (asked, 0, 0)
+    await bench.settle(1.2)
+    now = next(one for one in bench.sender.requests() if one.request == "now")
+    assert (now.phase, now.bytes, now.chunks) == ("streaming", 3, 1)
+    assert now.seconds > 1
+    router.ack = False
+    await router.ended(asked)
+    await bench.settle(0.1)
+    assert next(one for one in bench.sender.requests() if one.request == "now").phase == "ending"
+    router.ack = True
+    await router.ended(waiting)
+    await bench.settle(20)
+    assert bench.sender.requests() == []
+    assert not bench.sender._ending
+
+
+async def test_the_engines_last_words_are_in_no_line(
+    bench: Any, router: Any, caplog: pytest.LogCaptureFixture, autojump_clock: Any
+) -> None:
+    """They may quote what was asked; the client, who asked it, gets them."""
+    caplog.set_level(5, "xim_agent")
+    bench.engine.headers = {"content-type": "text/event-stream"}
+    bench.engine.script = [b'data: {"error": {"message": "cannot read secret prompt"}}\n\n', b"data: [DONE]\n\n"]
+    lease = router.offer(request="r9")
+    ending = await router.ended(lease)
+    assert "secret prompt" in ending.message
+    (line,) = [r.__dict__ for r in caplog.records if r.getMessage() == "request failed"]
+    assert (line["request"], line["lease"], line["code"]) == ("r9", lease, "engine_lost")
+    assert "secret" not in caplog.text + str([r.__dict__ for r in caplog.records])

@@ -152,7 +152,7 @@ class _Run:
                 return offset == file.size and hasher.hexdigest() == file.sha256
 
     def _damage(self, damage: Damage) -> None:
-        log.warning("damaged", extra={damage.what: damage.name, "done": damage.done})
+        log.warning("damaged", extra={"what": damage.what, "path": damage.name, "done": damage.done})
         self.result.damaged.append(damage)
 
     async def _thread(self, call: Callable[..., Any], *args: Any) -> Any:

@@ -39,9 +39,12 @@ def configured(flags: Mapping[str, Any], defaults: Mapping[str, str] | None = No
     # First: with a wrong setting the process may stay, too.
     keep_private([*proxies, *(option.env for option in secret)], [option.flag for option in secret])
     config = sources.load(flags, os.environ, defaults)
-    words = secret_words(config.vllm_args, [*config.vllm_env, *_others(os.environ)], proxies.values())
+    words = secret_words(config.vllm_args, [*config.vllm_env, *_others(os.environ)], ())
     payload = (config.join_key or "").partition("_")[2].partition("_")[2]  # the secret part also without its head
-    log.hide(config.join_key, payload, config.vllm_salt_secret, *words)
+    log.hide(config.join_key, payload, kind="join key")
+    log.hide(config.vllm_salt_secret, kind="salt secret")
+    log.hide(*secret_words((), (), proxies.values()), kind="proxy password")
+    log.hide(*words, kind="value of a secret argument or variable")
     log.setup(config.log_level, config.log_format)
     return config
 

@@ -15,9 +15,11 @@ _COMMANDS = {
     "leave": "Deregister this agent at the router and set its credential aside",
     "healthcheck": "Whether the running agent is ready, by its exit code; for containers",
     "status": "How the running agent is, and why it is idle",
+    "requests": "What the running agent serves now: age, phase, size, no content",
     "drain": "Have the running agent take no more requests, and wait until none runs",
     "resume": "Have it take requests again",
     "doctor": "Look for what would keep the agent from working here, with a cure for each",
+    "support-bundle": "Write one file that tells support how this agent and this machine are, without secrets",
     "plan": "Print how vLLM would be started for a model, and the sum behind every number",
     "cache": "The model cache: ls, verify, rm, prune, path",
     "local": "Router and agent in one process, for a try-out without an account",
@@ -34,7 +36,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"xim_agent.cli.{cmd_name}").command
+        command: click.Command = importlib.import_module(f"xim_agent.cli.{cmd_name.replace('-', '_')}").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -74,11 +74,11 @@ def command(model: Path | None, hardware: Path | None, task: "Task | None", as_j
     if model is None:
         click.echo(json.dumps({"schema": SCHEMA, "hardware": to_document(machine)}, indent=2))
         return
-    found = _planned(config, machine, model.resolve(), task)
+    found = planned(config, machine, model.resolve(), task)
     click.echo(redact(json.dumps(found, indent=2) if as_json else script(found)))
 
 
-def _planned(config: Config, machine: "Hardware", model: Path, task: "Task | None") -> dict[str, Any]:
+def planned(config: Config, machine: "Hardware", model: Path, task: "Task | None") -> dict[str, Any]:
     """Raises AgentError as `read_model` and `command.plan` do."""
     import json
 

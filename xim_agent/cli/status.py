@@ -18,7 +18,13 @@ from xim_agent.errors import AgentError
     help="Show how the running agent is: link, model, engine, requests, and why it is idle." + CODES,
 )
 @click.option("--json", "as_json", is_flag=True, help="Print all of it as one JSON object, as `/status` has it")
-def command(as_json: bool, **flags: Any) -> None:
+@click.option("--watch", is_flag=True, help="Go on until Ctrl-C; with --json a line a second, else where it changes")
+def command(as_json: bool, watch: bool, **flags: Any) -> None:
+    if watch:
+        from xim_agent.cli import watching
+
+        watching.watch(flags, "status", json.dumps if as_json else _text, None if as_json else _news)
+        return
     try:
         found = ask(flags, "status", {})
     except AgentError as error:
@@ -27,6 +33,10 @@ def command(as_json: bool, **flags: Any) -> None:
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return
+    click.echo(_text(found))
+
+
+def _text(found: Any) -> str:
     from xim_agent.cli.table import plain
 
     if found.get("parked"):
@@ -35,8 +45,13 @@ def command(as_json: bool, **flags: Any) -> None:
         from xim_agent.cli.status_show import lines
 
         shown = list(lines(found, time.time()))
-    for name, text in shown:
-        click.echo(plain(f"{name:<10}{text}"))
+    return "\n".join(plain(f"{name:<10}{text}") for name, text in shown)
+
+
+def _news(found: Any) -> object:
+    """What is worth a block where nothing can be redrawn: no clocks, no counters."""
+    reasons = [reason.partition(":")[0] for reason in found["idle"]]
+    return found["agent"], found["history"], found["health"], reasons
 
 
 def _parked() -> Any:

@@ -7,6 +7,7 @@ from xim_agent.cli.progress import bytes_text, size
 from xim_agent.cli.table import ago
 
 Found = Mapping[str, Any]
+SHOWN_CHANGES = 3
 
 
 def lines(found: Found, now: float) -> Iterator[tuple[str, str]]:
@@ -24,6 +25,11 @@ def lines(found: Found, now: float) -> Iterator[tuple[str, str]]:
     if (longest := work["sender"]["longest"]) is not None:
         so_far = f"{longest['seconds']:.0f} s, {size(longest['bytes'])} so far"
         yield "longest", f"{longest['request']} {longest['path']}, {so_far}"
+    for change in found["history"][-SHOWN_CHANGES:]:
+        yield (
+            "changed",
+            f"{change['what']}: {change['before'] or '-'} -> {change['after'] or '-'}, {ago(change['at'], now)}",
+        )
     for reason in found["idle"]:
         yield "idle", reason
     for condition in found["health"]:

@@ -16,10 +16,15 @@ def show(rows: Sequence[Row], columns: Mapping[str, Callable[[Row], str]], as_js
     if as_json:
         click.echo(json.dumps(list(rows), indent=2))
         return
+    click.echo(aligned(rows, columns))
+
+
+def aligned(rows: Sequence[Row], columns: Mapping[str, Callable[[Row], str]]) -> str:
     cells = [list(columns), *([plain(text(row)) for text in columns.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for line in cells:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
+    )
 
 
 def cell(name: str) -> Callable[[Row], str]:

@@ -17,20 +17,27 @@ OPERATOR = "an operator"
 def calls(
     *,
     status: Callable[[], dict[str, Any]],
+    requests: Callable[[], dict[str, Any]],
+    logs: Callable[[], dict[str, Any]],
     drain: Callable[[], None],
     resume: Callable[[], None],
     drained_by: Callable[[], list[str]],
     drained: Callable[[], Awaitable[None]],
 ) -> dict[str, Call]:
-    """By the name that stands in the URL. `status` gives what can be JSON; `drained` returns when no request runs.
+    """By the name that stands in the URL.
+
+    `status`, `requests` and `logs` give what can be JSON; `drained` returns when no request runs.
 
     `drain` holds until `resume` or the end of the process. With `wait` its call returns when no request runs any more
     or somebody has resumed; a cut one leaves the drain as it is.
     """
 
-    async def tell(arguments: Mapping[str, Any], report: Report) -> Any:
-        await trio.lowlevel.checkpoint()
-        return status()
+    def teller(look: Callable[[], dict[str, Any]]) -> Call:
+        async def tell(arguments: Mapping[str, Any], report: Report) -> Any:
+            await trio.lowlevel.checkpoint()
+            return look()
+
+        return tell
 
     def now() -> dict[str, Any]:
         found = status()["work"]
@@ -53,4 +60,5 @@ def calls(
         await trio.lowlevel.checkpoint()
         return now()
 
-    return {"status": tell, "drain": begin, "resume": end}
+    looks = {"status": teller(status), "requests": teller(requests), "logs": teller(logs)}
+    return looks | {"drain": begin, "resume": end}

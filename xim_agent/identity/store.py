@@ -122,7 +122,7 @@ class StateStore:
             if version == FORMAT:
                 state = msgspec.json.decode(data, type=State)
                 state.check()
-                hide(state.key)
+                hide(state.key, kind="private key")
                 return state
             reason = f"its format {version} is {'older' if version < FORMAT else 'newer'} than this agent's ({FORMAT})"
             code = "state_version"
@@ -138,7 +138,7 @@ class StateStore:
 
         Cancellation waits for the write: afterwards the file holds either the old state or the new one.
         """
-        hide(state.key)
+        hide(state.key, kind="private key")
         await trio.to_thread.run_sync(self._save, _encoded(state))
 
     def _save(self, data: bytes) -> None:

@@ -9,6 +9,7 @@ from xim_agent.mesh.messages import End, EndReason, Error, Head, Lease
 from xim_agent.work.outbox import Outbox
 from xim_agent.work.tail import Tail
 
+RequestPhase = Literal["waiting", "prefill", "streaming", "ending"]
 Verdict = EndReason | Error | Literal["unknown"]
 
 
@@ -106,7 +107,13 @@ class Outgoing:
         sent, chunks = self._outbox.totals(self.id)
         times = {"asked": self._asked, "replied": self._replied, "first": self._first, "last": self._last}
         times["ended"] = trio.current_time()
-        told = {"request": self.request, "trace": self.trace, "path": self.path, "status": self.status}
+        told = {
+            "request": self.request,
+            "lease": self.id,
+            "trace": self.trace,
+            "path": self.path,
+            "status": self.status,
+        }
         return {**told, "bytes": sent, "chunks": chunks} | {
             f"{name}_ms": None if when is None else self.since_received(when) for name, when in times.items()
         }
@@ -118,13 +125,28 @@ class Outgoing:
     @property
     def sent(self) -> int:
         """Bytes of the answer, given to the router or about to be."""
-        return self._outbox.totals(self.id)[0]
+        return self.totals[0]
+
+    @property
+    def totals(self) -> tuple[int, int]:
+        """Bytes of the answer so far, and the chunks they came in."""
+        return self._outbox.totals(self.id)
+
+    @property
+    def phase(self) -> RequestPhase:
+        """`waiting` for its body, `prefill` until there is data, `ending` until the router has acknowledged the end."""
+        if self._ended:
+            return "ending"
+        if self._asked is None:
+            return "waiting"
+        return "prefill" if self._first is None else "streaming"
 
     def end(self, ending: End | Error) -> None:
         """The one ending; a second one changes nothing. Synchronous, so that a cancelled task can still say it."""
         if self._ended:
             return
         self._ended = True
+        self.tail = None
         told = self._outbox.end(self.id, ending)
         name = ending.reason if isinstance(ending, End) else ending.code
         self._done(self, name if told else "unknown")

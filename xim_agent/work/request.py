@@ -23,6 +23,13 @@ _CODES: dict[str, ErrorCode] = {
 }  # fmt: skip
 
 
+class _BrokeOff(AgentError):
+    """The engine's own words go to the router, like its answer, and into no log: they may quote the request."""
+
+    def __init__(self, words: str) -> None:
+        super().__init__("engine_lost", f"the engine broke off: {words}")
+
+
 class Taker(Protocol):
     def take(self, piece: bytes) -> bool: ...
     async def room(self) -> None: ...
@@ -65,6 +72,7 @@ class Bodies(Protocol):
 async def serve(lease: Lease, out: Outgoing, engine: Engine, bodies: Bodies) -> None:
     """Relays the engine's answer unchanged. Raises only when cancelled from outside, which ends in `draining`."""
     ending: End | Error | None = None
+    told: dict[str, object] = {"request": lease.request, "lease": lease.id}
     try:
         with out.scope:
             ending = await _relay(lease, out, engine, bodies)
@@ -72,11 +80,12 @@ async def serve(lease: Lease, out: Outgoing, engine: Engine, bodies: Bodies) -> 
             ending = _cut_short(out)
     except AgentError as error:
         code = _CODES.get(error.code, "internal")
-        log.warning("request failed", extra={"request": lease.request, "code": error.code, "reason": error.message})
+        reason = "the engine broke off" if isinstance(error, _BrokeOff) else error.message
+        log.warning("request failed", extra=told | {"code": error.code, "reason": reason})
         # A request that brings an engine down is not to be tried on the next one.
         ending = Error(code, error.message[:2000], retryable=out.untouched and code != "invalid_request")
     except Exception as error:
-        log.exception("request failed by a bug", extra={"request": lease.request})
+        log.exception("request failed by a bug", extra=told)
         ending = Error("internal", f"internal error: {type(error).__name__}", retryable=out.untouched)
     finally:
         if ending is None:
@@ -107,7 +116,7 @@ async def _relay(lease: Lease, out: Outgoing, engine: Engine, bodies: Bodies) ->
             out.tail = Tail()
         await reply.relay(out)
         if out.tail is not None and (message := out.tail.error()) is not None:
-            raise AgentError("engine_lost", f"the engine broke off: {message}")
+            raise _BrokeOff(message)
     if not engine.ready:
         return Error("engine_lost", "the engine stopped during the request", retryable=out.untouched)
     return out.ending("complete")

@@ -3,7 +3,6 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import trio
@@ -15,9 +14,10 @@ from xim_agent.watch import Watch
 from xim_agent.work.batch import Batch
 from xim_agent.work.lease import Leases
 from xim_agent.work.link import Link
-from xim_agent.work.outbox import MAX_IN_FLIGHT, Outbox, OutboxStatistics
+from xim_agent.work.outbox import MAX_IN_FLIGHT, Outbox
 from xim_agent.work.outgoing import Outgoing
 from xim_agent.work.spool import Spool
+from xim_agent.work.statistics import Request, Running, SenderStatistics
 
 log = logging.getLogger("xim_agent.work")
 
@@ -32,32 +32,6 @@ class EventsTransport(Protocol):
     async def events(self, boot: str, frames: Sequence[bytes | Raw]) -> EventsReply: ...
 
 
-@dataclass(frozen=True)
-class Running:
-    """A request; `bytes` of its answer so far."""
-
-    request: str
-    path: str
-    seconds: float
-    bytes: int
-
-
-@dataclass(frozen=True)
-class SenderStatistics:
-    """`ended` by reason or error code; `running`: leases whose request is not over; `held`: not acknowledged yet."""
-
-    accepted: int
-    refused: int
-    ended: dict[str, int]
-    running: int
-    held: int
-    calls: int
-    failed_calls: int
-    oldest_running_seconds: float
-    longest: Running | None
-    outbox: OutboxStatistics
-
-
 class Sender:
     """`freed` is called when a request is over: there may be capacity again."""
 
@@ -70,6 +44,7 @@ class Sender:
         self._spool = spool
         self._outbox = Outbox()
         self._running: dict[int, Outgoing] = {}
+        self._ending: dict[int, Outgoing] = {}  # over, not acknowledged yet
         self._hops: dict[int, tuple[Outgoing, dict[str, Any]]] = {}  # for the log, until acknowledged
         self._changed = Watch()
         self._turn = trio.Lock()
@@ -90,7 +65,8 @@ class Sender:
             self._accepted += 1
             return out
         self._refused += 1
-        log.warning("lease refused", extra={"request": lease.request, "code": refusal.code, "reason": refusal.message})
+        told = {"request": lease.request, "lease": lease.id, "code": refusal.code, "reason": refusal.message}
+        log.warning("lease refused", extra=told)
         out.end(refusal)
         return None
 
@@ -111,13 +87,16 @@ class Sender:
 
     def _forget(self, lease: int) -> None:
         if self._outbox.drop(lease):
-            log.info("lease dropped, the router does not know it", extra={"lease": lease})
+            told = self._running.get(lease) or self._ending.get(lease)
+            request = told.request if told else None
+            log.info("lease dropped, the router does not know it", extra={"request": request, "lease": lease})
         if (out := self._running.get(lease)) is not None:
             out.abort("unknown")
         self._settle(lease, acknowledged=False)
 
     def _settle(self, lease: int, acknowledged: bool = True) -> None:
         self.leases.settle(lease)
+        self._ending.pop(lease, None)
         if (over := self._hops.pop(lease, None)) is not None:
             out, hops = over
             when = out.since_received(trio.current_time()) if acknowledged else None
@@ -126,6 +105,8 @@ class Sender:
 
     def _done(self, out: Outgoing, name: str) -> None:
         del self._running[out.id]
+        if name != "unknown":
+            self._ending[out.id] = out
         self._ended[name] += 1
         if log.isEnabledFor(logging.DEBUG):
             hops = out.hops() | {"ending": name}
@@ -140,6 +121,12 @@ class Sender:
         out = min(self._running.values(), key=lambda out: out.received, default=None)
         seconds = 0.0 if out is None else trio.current_time() - out.received
         return None if out is None else Running(out.request, out.path, seconds, out.sent)
+
+    def requests(self) -> list[Request]:
+        """What is held now, oldest first."""
+        now = trio.current_time()
+        held = sorted([*self._running.values(), *self._ending.values()], key=lambda out: out.received)
+        return [Request(out.request, out.id, out.path, now - out.received, out.phase, *out.totals) for out in held]
 
     def remains(self) -> dict[str, int]:
         """For the log of a stop: requests that run, and leases whose ending is not acknowledged."""

@@ -2,7 +2,47 @@
 
 from dataclasses import dataclass
 
-from xim_agent.work.sender import SenderStatistics
+from xim_agent.work.outbox import OutboxStatistics
+from xim_agent.work.outgoing import RequestPhase
+
+
+@dataclass(frozen=True)
+class Running:
+    """A request; `bytes` of its answer so far."""
+
+    request: str
+    path: str
+    seconds: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """A lease that is held. `seconds` since it came, `bytes` of the answer and the `chunks` they came in."""
+
+    request: str
+    lease: int
+    path: str
+    seconds: float
+    phase: RequestPhase
+    bytes: int
+    chunks: int
+
+
+@dataclass(frozen=True)
+class SenderStatistics:
+    """`ended` by reason or error code; `running`: leases whose request is not over; `held`: not acknowledged yet."""
+
+    accepted: int
+    refused: int
+    ended: dict[str, int]
+    running: int
+    held: int
+    calls: int
+    failed_calls: int
+    oldest_running_seconds: float
+    longest: Running | None
+    outbox: OutboxStatistics
 
 
 @dataclass(frozen=True)
