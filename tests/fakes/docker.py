@@ -117,8 +117,14 @@ def daemon(data: Path, *, network: bool = False) -> Iterator[Docker]:
     (place / "daemon.json").write_text("{}")
     outer = ["sh", "-c", OUTER, "sh", str(tree / place.name), str(tree), "" if network else "-n", *words]
     with log.open("wb") as out:
+        # Not in the group that a Ctrl-C is for: it has to clean up.
         process = subprocess.Popen(
-            outer, env=os.environ | {"INNER": INNER}, stdin=subprocess.PIPE, stdout=out, stderr=out
+            outer,
+            env=os.environ | {"INNER": INNER},
+            stdin=subprocess.PIPE,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
         )
     env = {n: v for n, v in os.environ.items() if not n.startswith(("DOCKER_", "COMPOSE_", "XEROTIER_"))}
     env |= {"DOCKER_HOST": host, "DOCKER_CONFIG": str(place), "DOCKER_BUILDKIT": "1"}

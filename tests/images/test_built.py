@@ -104,10 +104,11 @@ def whole(data: Path, agent_onedir: Path) -> Iterator[Docker]:
 
 def start_router(docker: Docker, toy_model: Path, place: Path) -> str:
     """Its address; the toy model is published and assigned."""
-    model = place / "toy"
+    model, volumes = place / "toy", ["-v", "/var/lib/router"]
     shutil.copytree(toy_model, model, copy_function=shutil.copyfile)  # readable for uid 5152
     words = ["serve", "--listen", "0.0.0.0:8080", "--public-url", "http://router:8080", "--data", "/var/lib/router"]
-    docker("run", "-d", "--name", "router", *BARE, "-v", f"{model}:/model:ro", "xim-test/xim-router", *words)
+    volumes += ["-v", f"{model}:/model:ro"]
+    docker("run", "-d", "--name", "router", *BARE, *volumes, "xim-test/xim-router", *words)
     until("the router is healthy", lambda: health(docker, "router") == "healthy", 60)
     operate(docker, "model", "publish", "/model", "--name", "toy")
     operate(docker, "assign", "toy")
