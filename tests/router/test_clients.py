@@ -280,6 +280,29 @@ async def test_error_after_data_is_an_event_and_a_cut(bench: Bench, agent: FakeA
     assert b"[DONE]" not in post.data
 
 
+@pytest.mark.parametrize(
+    "said", [b"data: 1\n\n", b'data: {"error": {"message": "core died"}}\n\n'], ids=["whole", "the engine's own error"]
+)
+@pytest.mark.parametrize("how", ["error", "restart"])
+async def test_nothing_follows_the_last_word_of_an_answer(
+    bench: Bench, agent: FakeAgent, nursery: trio.Nursery, said: bytes, how: str
+) -> None:
+    """The engine has said [DONE]; then the agent fails before it has ended the lease, or says why it was no success."""
+    post = Post(bench)
+    async with trio.open_nursery() as inner:
+        inner.start_soon(post.run)
+        lease = (await agent.take())["id"]
+        await agent.events(lease, [head(), [1, "data", said + b"data: [DO"], [2, "data", b"NE]\n\n"]])
+        await until(lambda: post.data.endswith(b"[DONE]\n\n"))
+        if how == "error":
+            await agent.events(lease, [error(3, "engine_lost")])
+        else:
+            agent.boot, agent.held = "f" * 32, set()
+            await agent.poll(wait_ms=0)
+    assert post.data == said + b"data: [DONE]\n\n"
+    assert not post.broken
+
+
 async def test_openai_client_raises_on_an_error_after_data(
     bench: Bench, agent: FakeAgent, nursery: trio.Nursery
 ) -> None:

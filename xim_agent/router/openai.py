@@ -21,6 +21,9 @@ from xim_agent.watch import Watch
 
 log = logging.getLogger("xim_agent.router")
 
+_BREAKS = (b"\n\n", b"\r\n\r\n")
+_DONE = tuple(b"data: [DONE]" + end for end in _BREAKS)
+_LONGEST = max(map(len, _DONE))
 _PASSED = ("content-type", "accept", "traceparent", "tracestate")
 
 
@@ -180,9 +183,11 @@ class Relay:
                 continue
             data = self._dispatch.take(job)
             await self._data(send, data)
-            last = (last + data)[-4:]
+            last = (last + data)[-_LONGEST:]
             self._dispatch.consumed(job, len(data), trio.current_time())
-        if job.outcome is COMPLETE:
+        if job.outcome is COMPLETE or last.endswith(_DONE):
+            # What has said its last word is an answer with an ending, or an error of the engine's that the client has:
+            # a second ending would be one too many.
             await send({"type": "http.response.body", "body": b""})
         elif job.outcome is not None:
             await send({"type": "http.response.body", "body": _event(job.outcome, last), "more_body": True})
@@ -191,5 +196,5 @@ class Relay:
 
 def _event(outcome: Outcome, last: bytes) -> bytes:
     """An SSE event of its own, whatever the cut one before it left open."""
-    start = b"" if last.endswith((b"\n\n", b"\r\n\r\n")) else b"\n\n"
+    start = b"" if last.endswith(_BREAKS) else b"\n\n"
     return start + b"data: " + ApiError.of(outcome).body("stream_error") + b"\n\n"
