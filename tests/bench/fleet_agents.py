@@ -11,6 +11,8 @@ import msgspec
 import trio
 import zstandard
 
+from xim_agent.mesh.transport import KEEPALIVE_SECONDS
+
 MODEL = "bench"
 CEILING = 4
 PIECE = b'data: {"choices":[{"index":0,"delta":{"content":"' + b"x" * 130 + b'"}}]}\n\n'  # about 190 bytes
@@ -73,16 +75,19 @@ class Load:
 
 
 class Wire:
-    """One connection that is kept. Raises trio.BrokenResourceError when the router closes it."""
+    """One connection, kept idle as long as the real agent does. Raises trio.BrokenResourceError when it is closed."""
 
     def __init__(self, load: Load, headers: dict[str, str]) -> None:
         self._load = load
         lines = {"Host": f"{load.host}:{load.port}", **headers}
         self._headers = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
         self._stream: trio.SocketStream | None = None
+        self._used = 0.0
 
     async def ask(self, path: str, body: bytes) -> int:
         """Sends a request; returns its size."""
+        if time.perf_counter() - self._used > KEEPALIVE_SECONDS:
+            self.close()
         if self._stream is None:
             self._stream = await trio.open_tcp_stream(self._load.host, self._load.port)
         head = f"POST {path} HTTP/1.1\r\n{self._headers}Content-Length: {len(body)}\r\n\r\n".encode()
@@ -92,6 +97,7 @@ class Wire:
     async def more(self) -> bytes:
         assert self._stream is not None
         if data := bytes(await self._stream.receive_some(65536)):
+            self._used = time.perf_counter()
             return data
         raise trio.BrokenResourceError("closed by the router")
 

@@ -73,6 +73,13 @@ async def test_connections_that_say_nothing_do_not_use_up_the_reserve(port: int)
         await stream.aclose()
 
 
+async def test_a_connection_is_not_closed_for_the_number_of_its_calls(port: int) -> None:
+    """An agent makes a hundred calls a second on one: a thousand are ten seconds."""
+    async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+        for _ in range(1001):
+            assert "connection: close" not in (await ask(stream)).lower()
+
+
 def test_more_open_files_than_usual() -> None:
     before = soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:

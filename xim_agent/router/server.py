@@ -4,6 +4,7 @@ import ipaddress
 import logging
 import resource
 import ssl
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ class Server:
         self._patience = patience
         self._config = ServerConfig()
         self._config.keep_alive_timeout = 75.0
+        self._config.keep_alive_max_requests = sys.maxsize  # an agent makes a hundred calls a second on one of them
         self._config.include_server_header = False
         self._config.errorlog = logging.getLogger("xim_agent.router.http")
 
