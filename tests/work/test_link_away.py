@@ -111,3 +111,32 @@ async def test_a_router_that_is_slow_is_not_taken_for_one_that_is_away(autojump_
         assert link.up
         nursery.cancel_scope.cancel()
     assert router.attempts == []
+
+
+async def test_what_has_just_been_asked_is_not_cut(autojump_clock: trio.testing.MockClock) -> None:
+    """The router answers again while a call that is 0.2 s old, and may well have reached it, waits for its reply."""
+    link = Link(health=Health(trio.current_time), rand=lambda: 0.0)
+    ended: list[str] = []
+
+    async def asks(name: str, seconds: float, lost: bool = False) -> None:
+        try:
+            with link.call("events"):
+                await trio.sleep(seconds)
+                if lost:
+                    raise RouterError("silence", "lost")
+        except RouterError as error:
+            name += f": {error.message}"
+        ended.append(name)
+
+    await asks("first", 0.0)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(asks, "old", 60.0)
+        nursery.start_soon(asks, "fails", 2.0, True)
+        await trio.sleep(1.9)
+        nursery.start_soon(asks, "young", 5.0)
+        await trio.sleep(0.15)
+        assert not link.up
+        await link.turn()
+        await asks("again", 0.05)
+    old = "old: given up: the router, back again, answers later calls"
+    assert ended == ["first", "fails: lost", "again", old, "young"]
