@@ -21,6 +21,8 @@ async def test_every_answer_arrives_whole(tmp_path: Path, kind: Kind, seed: int,
         await path.ask_many(STREAMS)
         assert path.outcomes() == {"complete": STREAMS}
         assert path.proxy.hits[kind] >= 10
+        if kind in ("delay", "throttle"):
+            assert not path.agent.router.statistics().failures, "what is slow is waited for"
         path.proxy.spoil(None, 0)
         await path.flushed()
         path.check()
