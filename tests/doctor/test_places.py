@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from fakes.user import NOBODY, unprivileged
 
+from xim_agent.cache import claim
 from xim_agent.cache import look as cache_look
 from xim_agent.cache.look import look
 from xim_agent.cache.plan import Limits
@@ -177,6 +178,7 @@ def test_a_good_cache(tmp_path: Path) -> None:
 
 
 def test_a_cache_of_another_format_or_with_a_link_in_it(tmp_path: Path) -> None:
+    (tmp_path / "FORMAT").write_text("1")
     (tmp_path / "blobs").symlink_to("/usr")
     with pytest.raises(AgentError) as foreign:
         cache(tmp_path)
@@ -203,6 +205,7 @@ def test_a_cache_on_a_full_disk(tmp_path: Path) -> None:
 def test_a_part_of_the_cache_on_another_file_system(monkeypatch: pytest.MonkeyPatch) -> None:
     """/dev/shm in /dev is one everywhere."""
     monkeypatch.setattr(cache_look, "FOLDERS", ("shm", "pts", "not_there"))
+    monkeypatch.setattr(claim, "LOCK", "null")  # so that it is a cache
     seen = look(Path("/dev"), GB, Path("/dev"))
     assert "shm" in seen.elsewhere
     assert "not_there" not in seen.elsewhere

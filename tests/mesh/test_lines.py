@@ -152,6 +152,23 @@ async def test_a_reply_ends_as_it_does_without_a_line(
     assert server.connections == 3
 
 
+async def test_bytes_after_a_reply_are_of_no_later_one(client: Any, start: Any, login: Any, answer: Any) -> None:
+    async def reply(call: Any) -> Any:
+        if len(server.calls) != 2:
+            return answer(body=BODY)
+        # The connection stays open, and would serve the next call.
+        await call.stream.send_all(SIZED + BODY + b"!")
+        while await server.one(call.stream, h11.Connection(h11.SERVER)):
+            pass
+        return None
+
+    server = await start(reply)
+    client.credentials = login(server.url)
+    for connections in (1, 1, 2, 2):
+        assert await outcome(client) == {1: 7}
+        assert server.connections == connections
+
+
 async def test_one_connection_for_each_call_at_a_time(client: Any, start: Any, login: Any, answer: Any) -> None:
     async def reply(call: Any) -> Any:
         await trio.sleep(0.005)

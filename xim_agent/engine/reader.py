@@ -63,13 +63,13 @@ class Reader:
             data, self._rest = self._rest + data, b""
         if self._left:
             return self._continued(data)
-        found = _SIZE.match(data)
-        if found is not None:
-            begin = found.end()
-            end = begin + int(found[1], 16)
-            # One whole chunk: what it is nearly always.
-            if len(data) == end + 2 and end > begin and data.endswith(b"\r\n"):
-                return data[begin:end]
+        # One whole chunk with a size of two or three digits: what it is nearly always.
+        length = len(data)
+        size = length - (6 if length < 263 else 7)
+        head = b"%x\r\n" % size if size > 0 else b""
+        begin = len(head)
+        if begin + size + 2 == length and data.startswith(head) and data.endswith(b"\r\n"):
+            return data[begin:-2]
         return self._several(data, 0, [])
 
     def _several(self, data: bytes, at: int, parts: list[bytes]) -> bytes:

@@ -36,12 +36,13 @@ class Connection:
     """
 
     __slots__ = (
-        *("begun", "bug", "early", "events", "full", "lost", "reader", "settled", "sock", "take", "watched_by"),
-        "woken",
+        *("begun", "bug", "early", "events", "full", "lost", "reader", "recv", "settled", "sock", "take"),
+        *("watched_by", "woken"),
     )
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
+        self.recv = sock.recv
         self.reader = Reader()
         self.take: Callable[[bytes], bool] | None = None
         self.early = b""
@@ -167,15 +168,17 @@ class Streams:
     def _read_ready(self, which: select.epoll) -> bool:
         """Whether that was all for now."""
         ready = which.poll(0, AT_ONCE)
-        most = 0
+        connections, read, most = self._connections, self._read, 0
         for fd, _ in ready:
-            if (connection := self._connections.get(fd)) is not None:
-                most = max(most, self._read(connection))
+            connection = connections.get(fd)
+            if connection is not None and (size := read(connection)) > most:
+                most = size
         return bool(ready) and len(ready) < AT_ONCE and most < READ
 
     def _read(self, connection: Connection) -> int:
+        """How many bytes came. 25,000 pieces a second come through here."""
         try:
-            data = connection.sock.recv(READ)
+            data = connection.recv(READ)
         except BlockingIOError:
             return 0
         except OSError as error:
@@ -197,12 +200,13 @@ class Streams:
         return len(data)
 
     def _give(self, connection: Connection, body: bytes) -> None:
-        if connection.take is None:
+        take = connection.take
+        if take is None:
             connection.early = body
             return
         self.pieces += connection.events
         try:
-            more = connection.take(body)
+            more = take(body)
         except Exception as bug:  # raised in the task whose it is
             connection.bug = bug
             more = False

@@ -5,6 +5,7 @@ import socket
 import ssl
 from collections.abc import Iterator, Mapping
 from email.utils import parsedate_to_datetime
+from functools import lru_cache
 from http.client import responses
 from typing import Any
 from urllib.request import getproxies, proxy_bypass
@@ -23,9 +24,15 @@ _PROXY = "check HTTPS_PROXY and NO_PROXY"
 
 def date_of(headers: Mapping[str, str]) -> float | None:
     """The Date header in Unix seconds."""
+    return _seconds(headers.get("date", ""))
+
+
+@lru_cache(4)
+def _seconds(date: str) -> float | None:
+    """A hundred replies a second have the same one."""
     try:
-        return parsedate_to_datetime(headers["date"]).timestamp()
-    except (KeyError, ValueError, TypeError, OverflowError):
+        return parsedate_to_datetime(date).timestamp()
+    except (ValueError, TypeError, OverflowError):
         return None
 
 

@@ -4,6 +4,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter, itemgetter
 
 from xim_agent.mesh.messages import MAX_BODY, SERVED_PATHS, Error, Lease, OddLease
 from xim_agent.mesh.trace import traced
@@ -62,11 +63,16 @@ class _Held:
     renewed: float
 
 
+_TTL = attrgetter("ttl")
+
+
 class Leases:
     """Every lease from its receipt until its ending is acknowledged, and the ids of all that ever were."""
 
     def __init__(self) -> None:
         self._held: dict[int, _Held] = {}
+        # Since `lapsed` was asked last, once a second: 60 calls a second name hundreds of leases each.
+        self._renewals: list[tuple[float, Iterable[int]]] = []
         self._seen = IdSet()
 
     def __len__(self) -> int:
@@ -88,17 +94,25 @@ class Leases:
         return list(self._held)
 
     def renew(self, leases: Iterable[int], sent_at: float) -> None:
-        """`sent_at`: when a call that names them left, known once it was answered."""
-        for lease in leases:
-            if (held := self._held.get(lease)) is not None and sent_at > held.renewed:
-                held.renewed = sent_at
+        """`sent_at`: when a call that names them left, known once it was answered. `leases` is kept, not copied."""
+        self._renewals.append((sent_at, leases))
 
     def lapsed(self, now: float) -> list[int]:
+        self._apply_renewals()
         return [lease for lease, held in self._held.items() if now > held.renewed + held.ttl]
 
     def shortest_ttl(self) -> float | None:
         """Seconds; None when nothing is held."""
-        return min((held.ttl for held in self._held.values()), default=None)
+        return min(map(_TTL, self._held.values()), default=None)
+
+    def _apply_renewals(self) -> None:
+        newest: dict[int, float] = {}
+        for sent_at, leases in sorted(self._renewals, key=itemgetter(0)):
+            newest |= dict.fromkeys(leases, sent_at)
+        self._renewals.clear()
+        for lease, sent_at in newest.items():
+            if (held := self._held.get(lease)) is not None and sent_at > held.renewed:
+                held.renewed = sent_at
 
 
 class IdSet:

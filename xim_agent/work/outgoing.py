@@ -1,5 +1,6 @@
 """One lease's way back to the router: its request task writes here, the router's cancels and credits arrive here."""
 
+import logging
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -8,6 +9,8 @@ import trio
 from xim_agent.mesh.messages import End, EndReason, Error, Head, Lease
 from xim_agent.work.outbox import Outbox
 from xim_agent.work.tail import Tail
+
+log = logging.getLogger("xim_agent.work")
 
 RequestPhase = Literal["waiting", "prefill", "streaming", "ending"]
 Verdict = EndReason | Error | Literal["unknown"]
@@ -62,12 +65,14 @@ class Outgoing:
         if self._rest:
             self._rest += piece
             return False
-        self._last = trio.current_time()
         size, earlier = self._outbox.data(self.id, piece)
+        # The clock costs as much as all else here.
+        if self._first is None or log.isEnabledFor(logging.DEBUG):
+            self._last = trio.current_time()
+            if size and self._first is None:
+                self._first = self._last
         if earlier:
             self._stir()
-        if size and self._first is None:
-            self._first = self._last
         if size == len(piece):
             return True
         self._rest = piece[size:]
