@@ -282,7 +282,7 @@ def test_router_restarted_agent_is_back(ready: Stack) -> None:
     assert ready.agent.text.count("enrollment successful") == enrolled
 
 
-@pytest.mark.parametrize("victim", [("vllm", "serve"), ("EngineCore",)])
+@pytest.mark.parametrize("victim", [("vllm", "serve"), pytest.param(("EngineCore",), marks=pytest.mark.full)])
 def test_engine_killed_during_a_stream(ready: Stack, victim: tuple[str, ...]) -> None:
     assert ready.agent is not None
     failures = ready.metric("xim_agent_engine_failures_total")
