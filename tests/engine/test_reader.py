@@ -170,3 +170,37 @@ def test_the_request_is_as_asked() -> None:
         b"host": b"engine", b"accept": b"text/event-stream", b"accept-encoding": b"identity",
         b"user-agent": b"xerotier-xim-agent", b"x-slo-ms": b"5", b"content-length": b"5",
     }  # fmt: skip
+
+
+# Around every number of digits, and around what the reader takes for the number of digits.
+LENGTHS = [1, 2, 9, 10, 14, 15, 16, 17, 200, 254, 255, 256, 257, 258, 4094, 4095, 4096, 4097, 70_000]
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_chunk_that_comes_alone(length: int) -> None:
+    data = (b"0123456789abcde\n" * 5000)[:length]
+    pieces = [
+        HEAD,
+        chunk(data),
+        chunk(data).upper(),
+        chunk(data) + chunk(b"x"),
+        b"%04x\r\n%b\r\n" % (length, data),
+        ENDS[0],
+    ]
+    reader = asked()
+    assert [reader.feed(piece) for piece in pieces] == [b"", data, data.upper(), data + b"x", data, b""]
+    assert reader.done
+
+
+@pytest.mark.parametrize("more", [-2, -1, 1, 2])
+@pytest.mark.parametrize("length", LENGTHS[2:])
+def test_a_chunk_that_comes_alone_with_a_wrong_size(length: int, more: int) -> None:
+    pieces = [HEAD, b"%x\r\n%b\r\n" % (length + more, b"y" * length), ENDS[0]]
+    assert by_reader(pieces) == by_h11(b"".join(pieces))
+
+
+@pytest.mark.parametrize("footer", [b"XX", b"\rX", b"\n\n", b"X\n", b"X\r\n"])
+@pytest.mark.parametrize("length", [16, 255, 256, 4095])
+def test_a_chunk_that_comes_alone_with_a_wrong_footer(length: int, footer: bytes) -> None:
+    pieces = [HEAD, b"%x\r\n%b%b" % (length, b"y" * length, footer), ENDS[0]]
+    assert by_reader(pieces) == by_h11(b"".join(pieces))
