@@ -41,6 +41,7 @@ def service(guard: Guard, runtime: Path, vllm_launcher: str) -> EngineService:
 
 
 @pytest.mark.engine
+@pytest.mark.full
 async def test_real_vllm_serves_dies_and_leaves_nothing(
     service: EngineService, guard: Guard, runtime: Path, toy_model: Path, nursery: trio.Nursery, error_logs: list[Any]
 ) -> None:

@@ -38,6 +38,8 @@ from xim_agent.engine.launcher import version
 from xim_agent.engine.service import EngineService
 from xim_agent.engine.tree import descendants
 
+pytestmark = [pytest.mark.engine, pytest.mark.full]
+
 PREFIX = "XEROTIER_AGENT_"
 # For float32, where no near tie is decided by the shape of a batch.
 ASKED = {
@@ -145,11 +147,9 @@ MORE: dict[str, Callable[[Bench, EngineService], Awaitable[None]]] = {
     "draft model": speculation_changes_no_answer,
     "unsized": it_embeds,
 }
-QUICK = ("one rank",)
 
 
-@pytest.mark.engine
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.full) for n in STARTS])
+@pytest.mark.parametrize("name", STARTS)
 async def test_options_reach_real_vllm(name: str, bench: Bench) -> None:
     if name == "ngram":
         bench = replace(bench, model=repeating(bench.toy, bench.runtime / "model"))
@@ -161,8 +161,6 @@ async def test_options_reach_real_vllm(name: str, bench: Bench) -> None:
         await bench.stop(service)
 
 
-@pytest.mark.engine
-@pytest.mark.full
 async def test_a_rank_that_dies_takes_all_with_it_and_comes_back(bench: Bench, error_logs: list[Any]) -> None:
     service = await bench.start(STARTS["two ranks"], bench.runtime)
     before = await post(service, "/v1/completions", ASKED)
