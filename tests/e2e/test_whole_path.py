@@ -249,6 +249,7 @@ def test_client_that_goes_away_stops_the_engine(ready: Stack) -> None:
     assert metric("generation_tokens_total") - before < LONG["max_tokens"]
 
 
+@pytest.mark.full
 def test_link_cut_for_5_s_loses_nothing(ready: Stack) -> None:
     expected = stream_text(ready)
     stream = Stream(ready)
@@ -339,8 +340,15 @@ def test_starts_again_without_the_join_key(ready: Stack) -> None:
     assert ready.post("/v1/chat/completions", chat_body()).status_code == 200
 
 
-@pytest.mark.parametrize("when", ["ready", "starting"])
-@pytest.mark.parametrize("victim", ["bootloader", "child"])
+@pytest.mark.parametrize(
+    ("victim", "when"),
+    [
+        ("bootloader", "ready"),
+        ("bootloader", "starting"),
+        ("child", "starting"),
+        pytest.param("child", "ready", marks=pytest.mark.full),
+    ],
+)
 def test_kill_9_of_the_agent_leaves_nothing(stack: Stack, victim: str, when: str) -> None:
     if stack.agent is None:
         stack.start_agent()

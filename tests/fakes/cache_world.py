@@ -117,12 +117,13 @@ class Shelf:
 
 # -- what lies there -------------------------------------------------------------------------------------------------
 
-_hashes: dict[tuple[int, int, int, int], str] = {}
+_hashes: dict[tuple[int, ...], str] = {}
 
 
 def file_hash(path: Path) -> str:
     info = path.lstat()
-    key = info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns
+    # Copies keep the time of the change of what they are copies of, and get numbers of files that are gone.
+    key = info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns
     if key not in _hashes:
         _hashes[key] = sha256(path.read_bytes()).hexdigest()
     return _hashes[key]
