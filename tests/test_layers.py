@@ -21,7 +21,7 @@ PURE = {
     *("engine.liveness", "engine.poison", "hardware.memory"),
     *("work.lease", "work.batch", "work.outbox", "work.capacity"),
     *("mesh.messages", "mesh.codec", "mesh.trace", "mesh.exchange", "metrics.names"),
-    *("router.tokens", "router.dispatch"),
+    *("router.tokens", "router.dispatch", "router.ending"),
     *("doctor.report", "doctor.identity", "doctor.network", "doctor.machine"),
 }
 IMPURE_STDLIB = {
@@ -49,7 +49,7 @@ FILE_IO = {
 }
 CLOCKS = {"now", "today", "utcnow"}  # of datetime
 
-SHARED = {"errors", "outcome", "backoff", "clock", "watch", "health", "files", "text", "prctl", "log"}
+SHARED = {"errors", "outcome", "backoff", "clock", "watch", "health", "files", "text", "prctl", "log", "heap"}
 WIRING = {"agent", "assemble", "outside", "__main__"}
 NURSERIES = {
     *("agent", "cli.local", "cli.park", "cli.router", "cli.run", "engine.process", "cache.download", "cache.service"),

@@ -71,8 +71,8 @@ def read(stream: Iterable[Any]) -> list[str]:
 class Post:
     """A request in the background. `stop` is the client that goes away."""
 
-    def __init__(self, bench: Bench, body: dict[str, Any] = ASK) -> None:
-        self.bench, self.body = bench, body
+    def __init__(self, bench: Bench, body: dict[str, Any] = ASK, path: str = "/v1/chat/completions") -> None:
+        self.bench, self.body, self.path = bench, body, path
         self.content: bytes | None = None
         self.reply: httpx.Response | None = None
         self.scope = trio.CancelScope()
@@ -83,7 +83,7 @@ class Post:
     async def run(self) -> None:
         with self.scope:
             given: dict[str, Any] = {"json": self.body} if self.content is None else {"content": self.content}
-            async with self.bench.http() as http, http.stream("POST", "/v1/chat/completions", **given) as reply:
+            async with self.bench.http() as http, http.stream("POST", self.path, **given) as reply:
                 self.reply = reply
                 try:
                     async for data in reply.aiter_raw():
@@ -300,6 +300,20 @@ async def test_nothing_follows_the_last_word_of_an_answer(
             agent.boot, agent.held = "f" * 32, set()
             await agent.poll(wait_ms=0)
     assert post.data == said + b"data: [DONE]\n\n"
+    assert not post.broken
+
+
+async def test_nothing_follows_a_completed_response(bench: Bench, agent: FakeAgent, nursery: trio.Nursery) -> None:
+    """`/v1/responses` ends without [DONE]."""
+    said = b'event: response.completed\ndata: {"type": "response.completed"}\n\n'
+    post = Post(bench, path="/v1/responses")
+    async with trio.open_nursery() as inner:
+        inner.start_soon(post.run)
+        lease = (await agent.take())["id"]
+        await agent.events(lease, [head(), [1, "data", said]])
+        await until(lambda: post.data.endswith(said))
+        await agent.events(lease, [error(2, "engine_lost")])
+    assert post.data == said
     assert not post.broken
 
 

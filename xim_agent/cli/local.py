@@ -118,8 +118,10 @@ async def _agent(config: Any, guard: Any, stop: Any, over: Any, *, task_status: 
 
     from xim_agent import agent
     from xim_agent.assemble import assemble
+    from xim_agent.heap import settle_heap
 
     async with assemble(config, guard) as made, trio.open_nursery() as nursery:
+        settle_heap()
         await nursery.start(partial(agent.run, made.parts, stop=stop))
         task_status.started(made)
     over.cancel()

@@ -91,11 +91,13 @@ async def _serve(
 
     import trio
 
+    from xim_agent.heap import settle_heap
     from xim_agent.router.app import make_app
     from xim_agent.router.app import serve as run
 
     app = make_app(store)
     app.dashboard.also = viewers
+    settle_heap()
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with trio.open_nursery() as nursery:
             go = partial(run, app, listen, public_urls=public_urls, tls_cert=tls_cert, tls_key=tls_key)

@@ -13,8 +13,10 @@ async def _run(config: Any, guard: Any) -> None:
     from xim_agent import agent
     from xim_agent.assemble import assemble
     from xim_agent.cli.bar import show_transfers
+    from xim_agent.heap import settle_heap
 
     async with assemble(config, guard) as made, trio.open_nursery() as nursery:
+        settle_heap()
         if sys.stderr.isatty():
             nursery.start_soon(show_transfers, lambda: made.assignment.progress)
         await agent.run(made.parts, stop=made.stop)

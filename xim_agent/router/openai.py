@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 from xim_agent.mesh.trace import trace_id, traced
 from xim_agent.router import catalog
 from xim_agent.router.dispatch import Dispatch
+from xim_agent.router.ending import Ending
 from xim_agent.router.jobs import COMPLETE, Job, Outcome, Refused
 from xim_agent.router.replies import ApiError, head_fields
 from xim_agent.router.store import Store
@@ -21,9 +22,6 @@ from xim_agent.watch import Watch
 
 log = logging.getLogger("xim_agent.router")
 
-_BREAKS = (b"\n\n", b"\r\n\r\n")
-_DONE = tuple(b"data: [DONE]" + end for end in _BREAKS)
-_LONGEST = max(map(len, _DONE))
 _PASSED = ("content-type", "accept", "traceparent", "tracestate")
 
 
@@ -176,25 +174,25 @@ class Relay:
         assert job.head is not None
         fields = head_fields(job.head, job.request)
         await send({"type": "http.response.start", "status": job.head.status, "headers": fields})
-        last = b""
+        ending = Ending()
         while job.chunks or job.outcome is None:
             if not job.chunks:
                 await self._change()
                 continue
             data = self._dispatch.take(job)
             await self._data(send, data)
-            last = (last + data)[-_LONGEST:]
+            ending.feed(data)
             self._dispatch.consumed(job, len(data), trio.current_time())
-        if job.outcome is COMPLETE or last.endswith(_DONE):
+        if job.outcome is COMPLETE or ending.said:
             # What has said its last word is an answer with an ending, or an error of the engine's that the client has:
             # a second ending would be one too many.
             await send({"type": "http.response.body", "body": b""})
         elif job.outcome is not None:
-            await send({"type": "http.response.body", "body": _event(job.outcome, last), "more_body": True})
+            await send({"type": "http.response.body", "body": _event(job.outcome, ending), "more_body": True})
             # Returning here, without the end of the body, makes the server cut the connection: never a clean end.
 
 
-def _event(outcome: Outcome, last: bytes) -> bytes:
+def _event(outcome: Outcome, ending: Ending) -> bytes:
     """An SSE event of its own, whatever the cut one before it left open."""
-    start = b"" if last.endswith(_BREAKS) else b"\n\n"
+    start = b"" if ending.between else b"\n\n"
     return start + b"data: " + ApiError.of(outcome).body("stream_error") + b"\n\n"
