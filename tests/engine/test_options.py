@@ -270,6 +270,11 @@ def test_an_optimisation_that_this_vllm_lacks_is_left_out_aloud(flag: str) -> No
     assert reduced.warnings == (f"the installed vLLM does not know {flag}, left out",)
 
 
+def test_prompts_in_the_log_are_warned_of() -> None:
+    assert "logs prompts" in made({"VLLM_ARGS": "--enable-log-requests"}).warnings[0]
+    assert made({"VLLM_ARGS": "--no-enable-log-requests"}).warnings == ()
+
+
 @pytest.mark.parametrize(
     ("flag", "words", "serving"),
     [

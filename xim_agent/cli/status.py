@@ -23,7 +23,8 @@ def command(as_json: bool, watch: bool, **flags: Any) -> None:
     if watch:
         from xim_agent.cli import watching
 
-        watching.watch(flags, "status", json.dumps if as_json else _text, None if as_json else _news)
+        draw, key = (json.dumps, None) if as_json else (_text, _news)
+        watching.watch(flags, "status", draw, key, absent=_parked)
         return
     try:
         found = ask(flags, "status", {})
@@ -50,6 +51,8 @@ def _text(found: Any) -> str:
 
 def _news(found: Any) -> object:
     """What is worth a block where nothing can be redrawn: no clocks, no counters."""
+    if found.get("parked"):
+        return found["idle"]
     reasons = [reason.partition(":")[0] for reason in found["idle"]]
     return found["agent"], found["history"], found["health"], reasons
 

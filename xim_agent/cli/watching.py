@@ -14,9 +14,16 @@ EVERY_SECONDS = 1.0
 PASSING = frozenset({"agent_absent", "agent_gone", "agent_silent", "agent_unreachable"})
 
 
-def watch(flags: Mapping[str, Any], name: str, draw: Callable[[Any], str], key: Callable[[Any], object] | None) -> None:
+def watch(
+    flags: Mapping[str, Any],
+    name: str,
+    draw: Callable[[Any], str],
+    key: Callable[[Any], object] | None,
+    *,
+    absent: Callable[[], Any] = lambda: None,
+) -> None:
     """Until Ctrl-C, which is the way to end it (exit code 0). `draw`: what is shown of an answer; `key`: what of it is
-    news where nothing can be redrawn; None: each answer is.
+    news where nothing can be redrawn; None: each answer is. `absent`: the answer of what runs where no agent does.
 
     An agent that goes away is said, and waited for. Raises AgentError as the first look does.
     """
@@ -37,9 +44,13 @@ def watch(flags: Mapping[str, Any], name: str, draw: Callable[[Any], str], key: 
                 found = await reach(config, name, {}, ignore)
                 show(draw(found), key and key(found))
             except AgentError as error:
-                if not met or error.code not in PASSING:
+                found = await trio.to_thread.run_sync(absent) if error.code == "agent_absent" else None
+                if found is not None:
+                    show(draw(found), key and key(found))
+                elif not met or error.code not in PASSING:
                     raise
-                show(f"{log.redact(error.message)}; waiting for an agent", error.code)
+                else:
+                    show(f"{log.redact(error.message)}; waiting for an agent", error.code)
             met = True
             await trio.sleep(EVERY_SECONDS)
 

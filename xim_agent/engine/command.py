@@ -139,6 +139,8 @@ def plan(
     own = _flags(config, assignment, hardware, model, places, wishes, sizing)
     warnings = list(sizing.warnings if sizing else ())
     own = _only_known(own, known, warnings)
+    if any(word.startswith("--enable-log-requests") for word in later):
+        warnings.append("--enable-log-requests: vLLM then logs prompts, and the agent's log holds what vLLM says")
     argv = (places.launcher, "serve", places.model, *arguments.merged(own, from_router, from_operator))
     env = {**PRIVATE, **directories(places.scratch, places.compile_cache), **_options(config)}
     if hardware.accelerator == "cpu":
