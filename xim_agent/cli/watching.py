@@ -40,17 +40,19 @@ def watch(
     async def loop(show: Callable[[str, object], None]) -> None:
         met = False
         while True:
+            gone: AgentError | None = None
             try:
                 found = await reach(config, name, {}, ignore)
-                show(draw(found), key and key(found))
             except AgentError as error:
-                found = await trio.to_thread.run_sync(absent) if error.code == "agent_absent" else None
-                if found is not None:
-                    show(draw(found), key and key(found))
-                elif not met or error.code not in PASSING:
-                    raise
-                else:
-                    show(f"{log.redact(error.message)}; waiting for an agent", error.code)
+                gone = error
+            if gone is not None:
+                found = await trio.to_thread.run_sync(absent) if gone.code == "agent_absent" else None
+            if found is not None:
+                show(draw(found), key and key(found))
+            elif gone is not None and (not met or gone.code not in PASSING):
+                raise gone
+            elif gone is not None:
+                show(f"{log.redact(gone.message)}; waiting for an agent", gone.code)
             met = True
             await trio.sleep(EVERY_SECONDS)
 
