@@ -21,7 +21,7 @@ PURE = {
     *("engine.liveness", "engine.poison", "hardware.memory"),
     *("work.lease", "work.batch", "work.outbox", "work.capacity"),
     *("mesh.messages", "mesh.codec", "mesh.trace", "mesh.exchange", "metrics.names"),
-    *("metrics.histogram", "metrics.openmetrics", "work.times"),
+    *("metrics.histogram", "metrics.openmetrics", "work.times", "router.times"),
     *("router.tokens", "router.dispatch"),
     *("doctor.report", "doctor.identity", "doctor.network", "doctor.machine"),
 }

@@ -1,4 +1,4 @@
-"""Every series of the agent's own: name, help, and where its value stands in a part's statistics.
+"""Every series of the agent and of the local router: name, help, and where its value stands in a part's statistics.
 
 vLLM's series are passed through under vLLM's names beside these. `python_*` and `process_*` come from vLLM too, so the
 agent exports none of that name.
@@ -40,6 +40,8 @@ FIRST_TOKEN_SECONDS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.
 GAP_SECONDS = (0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 5.0, 10.0)
 # A lease is at the engine in a millisecond, unless its body of over 1 MiB has to be fetched.
 QUEUE_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0, 30.0)
+# A waiting agent takes a request at once; a request waits at most 60 s for one, and another 60 s when that one failed.
+DISPATCH_SECONDS = (0.001, 0.005, 0.02, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 # To the longest request of any tier, 30 minutes.
 DURATION_SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
 # A router in the same rack answers in a millisecond, one on another continent in 0.3 s; 10 s is the time limit.
@@ -167,4 +169,53 @@ METRICS: tuple[Metric, ...] = (
     Metric("xim_agent_engine_failures_total", "Starts that failed and crashes", "engine", "failures"),
     Metric("xim_agent_engine_ready_seconds", "Duration of the last start", "engine", "seconds_to_ready"),
     Metric("xim_agent_generation", "Generation of the running assignment, 0: none", "assignment", "generation"),
+)
+
+ROUTER_METRICS: tuple[Metric, ...] = (
+    Metric("xim_router_info", "The running router", "router", "", ("version", "protocol"), info=True),
+    Metric("xim_router_start_time_seconds", "Start of the process, Unix seconds", "router", "started"),
+    # the fleet
+    Metric("xim_router_agents", "Enrolled agents, by state", "router", "agents", ("state",)),
+    Metric(
+        "xim_router_tokens_per_second",
+        "Tokens that agents say their engines make, by model",
+        "router",
+        "tokens_per_second",
+        ("model",),
+    ),
+    # requests of clients
+    Metric(
+        "xim_router_requests_total", "Requests over, by ending: complete, left or error", "times", "ended", ("ending",)
+    ),
+    Metric("xim_router_queued_requests", "Requests that wait for an agent", "router", "queued", ("project", "model")),
+    Metric("xim_router_queued_bytes", "Bodies of the requests that wait", "router", "queued_bytes"),
+    Metric(
+        "xim_router_oldest_queued_seconds", "Wait of the request that waits longest", "router", "oldest_queued_seconds"
+    ),
+    Metric("xim_router_running_requests", "Requests that agents have", "router", "running"),
+    Metric("xim_router_answer_bytes_total", "Bytes of answers given to clients", "times", "answered_bytes"),
+    Metric("xim_router_leases_total", "Leases given to agents", "router", "leases"),
+    Metric("xim_router_retries_total", "Requests given to another agent after one failed", "router", "retries"),
+    Metric("xim_router_leases_offered_again_total", "Leases that did not reach the agent", "router", "offered_again"),
+    Metric(
+        "xim_router_dispatch_seconds",
+        "From entering the queue to a lease; a retried request counts again",
+        "times",
+        "dispatch",
+        buckets=DISPATCH_SECONDS,
+    ),
+    Metric(
+        "xim_router_first_token_seconds",
+        "From the request to the first data of a stream; counted when the request ends",
+        "times",
+        "first",
+        buckets=FIRST_TOKEN_SECONDS,
+    ),
+    Metric(
+        "xim_router_request_seconds",
+        "From the request to its ending, whichever",
+        "times",
+        "duration",
+        buckets=DURATION_SECONDS,
+    ),
 )

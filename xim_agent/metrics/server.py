@@ -32,7 +32,7 @@ class MetricsServer:
 
     `collect`: our series; in OpenMetrics, with exemplars, for a scraper that asks for it. `engine_text`: vLLM's last
     exposition, may be empty. `ready`: the reasons against being ready, none when ready. `status`: a snapshot of
-    dataclasses and plain values. `redact` takes secrets out of answers.
+    dataclasses and plain values. `redact` takes secrets out of answers. `cure`: of an address that cannot be had.
     """
 
     def __init__(
@@ -43,7 +43,9 @@ class MetricsServer:
         status: Callable[[], dict[str, Any]],
         engine_text: Callable[[], bytes],
         redact: Callable[[str], str],
+        cure: str = "set --metrics-port to a free port (0: any), or --disable-metrics-server",
     ) -> None:
+        self._cure = cure
         self._redact = redact
         self._collect = collect
         self._odd = ""
@@ -63,7 +65,7 @@ class MetricsServer:
         Raises AgentError `metrics_address` when the address cannot be had.
         """
         config = ServerConfig()
-        config.bind = [f"fd://{_listen(host, port)}"]
+        config.bind = [f"fd://{_listen(host, port, self._cure)}"]
         config.errorlog = _server_log
         config.include_server_header = False
         await serve(self.app(), config, task_status=task_status)  # type: ignore[arg-type]  # starlette's own ASGI types
@@ -106,7 +108,7 @@ def _accepts_openmetrics(accept: str) -> bool:
     return False
 
 
-def _listen(host: str, port: int) -> int:
+def _listen(host: str, port: int, cure: str) -> int:
     """The descriptor of a listening socket, to be owned by the server."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -115,6 +117,6 @@ def _listen(host: str, port: int) -> int:
         raise AgentError(
             "metrics_address",
             f"cannot serve metrics on {host} port {port}: {error.strerror or error}",
-            hint="set --metrics-port to a free port (0: any), or --disable-metrics-server",
+            hint=cure,
             exit_code=Exit.CONFIG,
         ) from error
