@@ -55,10 +55,8 @@ class Prometheus:
 
 
 @asynccontextmanager
-async def prometheus(
-    directory: Path, port: int, targets: dict[str, str], hold: str = "1s"
-) -> AsyncIterator[Prometheus]:
-    """With the shipped configuration, but `targets` by job, everything once a second, and alerts that wait for `hold`."""
+async def prometheus(directory: Path, port: int, targets: dict[str, str]) -> AsyncIterator[Prometheus]:
+    """With the shipped configuration, but `targets` by job, everything once a second, and alerts that wait for one."""
     for name in ("recording.yml", "alerts.yml"):
         text = (PLACE / name).read_text()
         for rule in rules(name):
