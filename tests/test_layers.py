@@ -21,6 +21,7 @@ PURE = {
     *("engine.liveness", "engine.poison", "hardware.memory"),
     *("work.lease", "work.batch", "work.outbox", "work.capacity"),
     *("mesh.messages", "mesh.codec", "mesh.trace", "mesh.exchange", "metrics.names"),
+    *("metrics.histogram", "metrics.openmetrics", "work.times", "router.times"),
     *("router.tokens", "router.dispatch", "router.ending"),
     *("doctor.report", "doctor.identity", "doctor.network", "doctor.machine"),
 }

@@ -160,8 +160,15 @@ def reachable(made: Agent, config: Config, clock: Clock, router: RouterClient, c
 
     listeners = [_control(made, config, shown)]
     if not config.disable_metrics_server:
-        conditions = {"agent": lambda: process, "health": lambda: {c.code: 1 for c in made.health.conditions()}}
-        listeners.append(_metrics(made, config, status, Collector(statistics | conditions)))
+        more: dict[str, Callable[[], Any]] = {
+            "agent": lambda: process,
+            "ready": lambda: not made.reasons(),
+            "health": lambda: {c.code: 1 for c in made.health.conditions()},
+            "times": lambda: made.sender.times,
+            "streams": lambda: made.engine.client.streams,
+            "transfers": lambda: made.cache.counters,
+        }
+        listeners.append(_metrics(made, config, status, Collector(statistics | more)))
     all_listeners = (*made.parts.listeners, *listeners)
     parts = replace(made.parts, listeners=all_listeners, on_hangup=partial(reread, config))
     return replace(made, parts=parts, status=shown)
@@ -205,7 +212,7 @@ def _logs(status: dict[str, Any]) -> dict[str, Any]:
 
 def _metrics(made: Agent, config: Config, status: Callable[[], dict[str, Any]], collector: Collector) -> Any:
     server = MetricsServer(
-        collect=collector.text,
+        collect=collector,
         ready=made.reasons,
         status=status,
         engine_text=made.engine.metrics_text,

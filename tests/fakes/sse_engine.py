@@ -42,6 +42,7 @@ class SseEngine:
     def __init__(self, path: Path, script: Callable[[bytes], Iterator[tuple[float, bytes]]] = paced) -> None:
         self.path = path
         self.script = script
+        self.head = HEAD
         self.sent: Counter[bytes] = Counter()
         self.asked: Counter[bytes] = Counter()
         self.open_now = 0
@@ -82,7 +83,7 @@ class SseEngine:
             stream.socket.close()
 
     async def _answer(self, stream: trio.SocketStream, body: bytes) -> None:
-        await stream.send_all(HEAD)
+        await stream.send_all(self.head)
         for seconds, chunk in self.script(body):
             if seconds:
                 await trio.sleep(seconds)

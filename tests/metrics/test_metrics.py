@@ -1,26 +1,28 @@
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-import httpx
 import pytest
 import trio
+from fakes.metrics_port import OPEN, FakeAgent, Told, serving
 from prometheus_client.parser import text_string_to_metric_families
 
 from xim_agent.assignment.service import AssignmentStatistics
 from xim_agent.cache.service import CacheStatistics
+from xim_agent.cache.transfer import Counters
 from xim_agent.engine.statistics import EngineStatistics
+from xim_agent.engine.streams import Streams
 from xim_agent.errors import AgentError, Exit
 from xim_agent.identity.bearer import IdentityStatistics
 from xim_agent.mesh.transport import ClientStatistics
-from xim_agent.metrics.names import METRICS
+from xim_agent.metrics.histogram import Histogram
+from xim_agent.metrics.names import METRICS, Metric
 from xim_agent.metrics.registry import Collector
 from xim_agent.metrics.server import MetricsServer
 from xim_agent.work.poller import WorkStatistics
+from xim_agent.work.times import Times
 
 REPORTS: dict[str, type] = {
     "identity": IdentityStatistics,
@@ -38,6 +40,18 @@ def kind_at(report: type, path: str) -> Any:
     return report
 
 
+# Of these only histograms are shown.
+TIMED: dict[str, Any] = {"times": Times(), "streams": Streams(), "transfers": Counters()}
+
+
+@pytest.mark.parametrize("row", [r for r in METRICS if r.buckets], ids=lambda r: r.name)
+def test_every_histogram_is_kept_with_the_buckets_of_the_table(row: Metric) -> None:
+    kept = getattr(TIMED[row.part], row.attr)
+    assert isinstance(kept, Histogram)
+    assert kept.bounds == row.buckets == tuple(sorted(set(row.buckets)))
+    assert row.name.endswith(("_seconds", "_per_second"))
+
+
 @pytest.mark.parametrize("row", [r for r in METRICS if r.part in REPORTS], ids=lambda r: r.name)
 def test_every_row_points_into_the_statistics_of_its_part(row: Any) -> None:
     kind = kind_at(REPORTS[row.part], row.attr)
@@ -53,17 +67,10 @@ def test_every_row_points_into_the_statistics_of_its_part(row: Any) -> None:
 
 def test_names_follow_prometheus_rules() -> None:
     names = [row.name for row in METRICS]
-    assert {row.part for row in METRICS} == {*REPORTS, "agent", "health"}
+    assert {row.part for row in METRICS} == {*REPORTS, *TIMED, "agent", "health", "ready"}
     assert len(names) == len(set(names))
     assert all(name.startswith("xim_agent_") and name == name.lower() for name in names)
     assert all(row.help and not row.help.endswith(".") for row in METRICS)
-
-
-@dataclass(frozen=True)
-class FakeAgent:
-    version: str = "1.2.3"
-    protocol: int = 1
-    started: float = 12.5
 
 
 @dataclass(frozen=True)
@@ -124,31 +131,6 @@ def test_a_report_without_the_attribute_is_an_error_and_no_silent_gap() -> None:
         Collector({"cache": FakeClient}).text()
 
 
-class Told:
-    """What the four callables say; tests change it between requests."""
-
-    def __init__(self) -> None:
-        self.reasons: list[str] = []
-        self.engine = b""
-        self.status: dict[str, Any] = {}
-
-
-@asynccontextmanager
-async def serving(told: Told) -> AsyncIterator[httpx.AsyncClient]:
-    server = MetricsServer(
-        collect=Collector({"agent": FakeAgent}).text,
-        ready=lambda: told.reasons,
-        status=lambda: told.status,
-        engine_text=lambda: told.engine,
-        redact=lambda text: text.replace("hunter2", "***"),
-    )
-    async with trio.open_nursery() as nursery:
-        (url,) = await nursery.start(server.run, "127.0.0.1", 0)
-        async with httpx.AsyncClient(base_url=url, trust_env=False) as client:
-            yield client
-        nursery.cancel_scope.cancel()
-
-
 async def test_metrics_joins_the_agents_series_with_vllms() -> None:
     told = Told()
     async with serving(told) as client:
@@ -190,8 +172,13 @@ async def test_only_reading_is_possible_and_other_paths_are_unknown() -> None:
         assert (await client.get("/")).status_code == 404
 
 
+NOTHING: Any = {
+    "collect": Collector({}), "ready": list, "status": dict, "engine_text": bytes, "redact": str
+}  # fmt: skip
+
+
 async def test_a_taken_port_is_an_error_for_people(free_port: int) -> None:
-    server = MetricsServer(collect=bytes, ready=list, status=dict, engine_text=bytes, redact=str)
+    server = MetricsServer(**NOTHING)
     with socket.create_server(("127.0.0.1", free_port)), pytest.raises(AgentError) as caught:
         await server.run("127.0.0.1", free_port)
     assert caught.value.code == "metrics_address"
@@ -200,7 +187,7 @@ async def test_a_taken_port_is_an_error_for_people(free_port: int) -> None:
 
 
 async def test_the_port_is_free_again_after_cancellation(free_port: int) -> None:
-    server = MetricsServer(collect=bytes, ready=list, status=dict, engine_text=bytes, redact=str)
+    server = MetricsServer(**NOTHING)
     for _ in range(2):
         async with trio.open_nursery() as nursery:
             await nursery.start(partial(server.run, "127.0.0.1", free_port))
@@ -211,7 +198,8 @@ async def test_no_answer_has_a_secret_in_it() -> None:
     told = Told()
     told.reasons, told.status, told.engine = ["hunter2"], {"x": "hunter2"}, b"# HELP x hunter2\n"
     async with serving(told) as client:
-        for path in ("/metrics", "/readyz", "/status"):
-            text = (await client.get(path)).text
+        told.engine += b"# TYPE x gauge\nx 1.0\n"
+        for path, accept in (("/metrics", "*/*"), ("/metrics", OPEN), ("/readyz", "*/*"), ("/status", "*/*")):
+            text = (await client.get(path, headers={"accept": accept})).text
             assert "***" in text
             assert "hunter2" not in text

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Protocol
 
@@ -11,6 +11,8 @@ import trio
 
 from xim_agent.backoff import Backoff
 from xim_agent.cache.memory import Received
+from xim_agent.metrics.histogram import Histogram
+from xim_agent.metrics.names import FETCH_BYTES_PER_SECOND
 from xim_agent.outcome import Action, RouterError
 
 log = logging.getLogger("xim_agent.cache")
@@ -60,6 +62,7 @@ class Counters:
     stalls: int = 0
     retries: int = 0
     wrong_blobs: int = 0
+    speed: Histogram = field(default_factory=lambda: Histogram(FETCH_BYTES_PER_SECOND))
 
 
 class Retry:
@@ -110,8 +113,12 @@ async def get_blob(
     """
     data = Received(bytearray(stored)) if into is None else into
     transfer = _Transfer(source, digest, stored, retry, counters, arrived, data)
+    began = trio.current_time()
     try:
-        return await transfer.run()
+        view = await transfer.run()
+        # In tests no time passes.
+        counters.speed.observe(stored / max(1e-6, trio.current_time() - began))
+        return view
     except WrongBlob:
         arrived(-len(data))
         raise

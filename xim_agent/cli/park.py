@@ -93,7 +93,7 @@ async def _answer(health: Any, flags: sources.Flags) -> None:
     status = {"agent": process, "parked": True, "not_ready": reasons, "idle": reasons, "health": health.report()}
     conditions = {condition.code: 1 for condition in health.conditions()}
     server = MetricsServer(
-        collect=Collector({"agent": lambda: process, "health": lambda: conditions}).text,
+        collect=Collector({"agent": lambda: process, "ready": lambda: False, "health": lambda: conditions}),
         ready=lambda: reasons,
         status=lambda: status,
         engine_text=lambda: b"",

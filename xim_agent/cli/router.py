@@ -50,9 +50,16 @@ def _networks(ctx: click.Context, param: click.Parameter, words: tuple[str, ...]
     metavar="NETWORK",
     help="Show the dashboard to this network as well, as 10.0.0.0/8 (repeatable)  [default: to this machine]",
 )
+@click.option(
+    "--metrics-listen",
+    "metrics",
+    metavar="HOST:PORT",
+    help="Serve /metrics for Prometheus there, to whoever reaches that address  [default: no metrics]",
+)
 @DATA
 def serve(
     listen: str,
+    metrics: str | None,
     public_urls: tuple[str, ...],
     tls_cert: Path | None,
     tls_key: Path | None,
@@ -75,7 +82,7 @@ def serve(
         _check_url(url)
     raise_file_limit()
     with router_lock(data), Store.open(data) as store:
-        trio.run(_serve, store, listen, public_urls, tls_cert, tls_key, viewers)
+        trio.run(_serve, store, listen, public_urls, tls_cert, tls_key, viewers, metrics)
 
 
 async def _serve(
@@ -85,6 +92,7 @@ async def _serve(
     tls_cert: Path | None,
     tls_key: Path | None,
     viewers: tuple[Any, ...],
+    metrics: str | None,
 ) -> None:
     import signal
     from functools import partial
@@ -104,10 +112,36 @@ async def _serve(
             bound = await nursery.start(go)
             click.echo(f"router is listening on {' '.join(bound)}", err=True)
             click.echo(f"agents and clients use {' '.join(store.public_urls)}; the dashboard is {bound[0]}/", err=True)
+            if metrics is not None:
+                (url,) = await nursery.start(_metrics, app, metrics)
+                click.echo(f"metrics are on {url}/metrics", err=True)
             async for _ in signals:
                 break
             click.echo("router stops", err=True)
             nursery.cancel_scope.cancel()
+
+
+async def _metrics(app: Any, listen: str, task_status: Any) -> None:  # noqa: ASYNC128  the server calls started()
+    """On an address of its own, so that neither clients nor agents can ask for them by the router's."""
+    from xim_agent.clock import SystemClock
+    from xim_agent.log import redact
+    from xim_agent.metrics.names import ROUTER_METRICS
+    from xim_agent.metrics.registry import Collector
+    from xim_agent.metrics.server import MetricsServer
+    from xim_agent.router.metrics import parts
+    from xim_agent.router.server import parse_listen
+
+    host, port = parse_listen(listen)
+    made = parts(app.store, app.dispatch, SystemClock())
+    server = MetricsServer(
+        collect=Collector(made, ROUTER_METRICS),
+        ready=list,
+        status=lambda: {"router": made["router"]()},
+        engine_text=bytes,
+        redact=redact,
+        cure="choose another --metrics-listen address",
+    )
+    await server.run(host, port, task_status=task_status)
 
 
 @command.command("rotate-signing-key")

@@ -13,6 +13,7 @@ from xim_agent.engine.reader import Malformed
 from xim_agent.engine.salt import salted
 from xim_agent.engine.streams import Connection, Streams
 from xim_agent.errors import AgentError
+from xim_agent.mesh.trace import trace_id
 
 ONE_PACKET = 64 * 1024
 LOSS_SECONDS = 10.0  # from the end of vLLM's engine core to that of its API server (it looks every 5 s)
@@ -202,6 +203,7 @@ class EngineClient:
             self.streams.close(connection)
 
     async def _ask(self, connection: Connection, path: str, headers: Mapping[str, str], body: bytes) -> None:
+        connection.trace = trace_id(headers.get("traceparent", "")) or ""
         try:
             head = connection.reader.request(path, dict(headers), body)
         except Malformed as error:

@@ -12,12 +12,15 @@ what comes after a quiet moment, is read at once.
 
 import select
 import socket
+from bisect import bisect_left
 from collections.abc import Callable
 
 import trio
 from trio.lowlevel import wait_readable, wait_writable
 
 from xim_agent.engine.reader import Malformed, Reader
+from xim_agent.metrics.histogram import Histogram
+from xim_agent.metrics.names import GAP_SECONDS
 
 # Longer than a batch waits: a call costs 0.8 ms of CPU, as much as 100 pieces of 200 bytes do with all else.
 REST_SECONDS = 0.020
@@ -25,6 +28,7 @@ READ = 64 * 1024
 # So that 2,000 full sockets hold up nothing else for long; the kernel goes round among them.
 AT_ONCE = 512
 CONNECT_SECONDS = 10.0
+SLOW_SECONDS = 0.3
 _IN = select.EPOLLIN
 
 
@@ -32,12 +36,13 @@ class Connection:
     """One request. `take` gets the body piece by piece and says whether it wants more.
 
     `early`: what of the body came with the head; `full`: `take` wanted no more after its last piece; `lost`: why no
-    more comes; `bug`: what `take` raised; `events`: this is an event stream, whose pieces count.
+    more comes; `bug`: what `take` raised; `events`: this is an event stream, whose pieces count; `last`: when it was
+    read last, or began to be; `trace`: of its request.
     """
 
     __slots__ = (
-        *("begun", "bug", "early", "events", "full", "lost", "reader", "recv", "settled", "sock", "take"),
-        *("watched_by", "woken"),
+        *("begun", "bug", "early", "events", "full", "last", "lost", "reader", "recv", "settled", "sock", "take"),
+        *("trace", "watched_by", "woken"),
     )
 
     def __init__(self, sock: socket.socket) -> None:
@@ -46,6 +51,8 @@ class Connection:
         self.reader = Reader()
         self.take: Callable[[bytes], bool] | None = None
         self.early = b""
+        self.last = 0.0
+        self.trace = ""
         self.begun = self.settled = self.events = self.full = False
         self.watched_by: select.epoll | None = None
         self.woken = trio.Event()
@@ -54,16 +61,20 @@ class Connection:
 
 
 class Streams:
-    """What was connected is to be closed, whatever happens. `pieces`: how many of event streams have come."""
+    """What was connected is to be closed, whatever happens.
+
+    `pieces`: how many of event streams have come. `gaps`: seconds between two of them, as `metrics.names` has it.
+    """
 
     def __init__(self) -> None:
         self.pieces = 0
+        self.gaps = Histogram(GAP_SECONDS)
         self._connections: dict[int, Connection] = {}
         # What has not begun is read at once, the rest in turns; `_all` holds both.
         self._fresh, self._running, self._all = select.epoll(), select.epoll(), select.epoll()
         self._all.register(self._fresh.fileno(), _IN)
         self._all.register(self._running.fileno(), _IN)
-        self._rests_until = float("-inf")
+        self._rests_until = self._now = float("-inf")
         self._waiting: dict[Connection, None] = {}
         self._reading = False
 
@@ -102,6 +113,7 @@ class Streams:
         Raises what `take` raised. Only in here the connection is read.
         """
         connection.settled = False
+        connection.last = trio.current_time()
         self._watch(connection, self._running if connection.begun else self._fresh)
         try:
             while not connection.settled:
@@ -160,7 +172,7 @@ class Streams:
             with trio.move_on_after(rest):
                 await wait_readable(self._fresh.fileno())
         self._read_ready(self._fresh)
-        now = trio.current_time()
+        self._now = now = trio.current_time()
         # Nothing there: the next piece is read when it comes. One socket full: it brings more than pieces.
         if now >= self._rests_until and self._read_ready(self._running):
             self._rests_until = now + REST_SECONDS
@@ -204,7 +216,10 @@ class Streams:
         if take is None:
             connection.early = body
             return
-        self.pieces += connection.events
+        if connection.events:
+            self.pieces += 1
+            if connection.begun:
+                self._gap(connection)
         try:
             more = take(body)
         except Exception as bug:  # raised in the task whose it is
@@ -214,8 +229,18 @@ class Streams:
             connection.full = True
             self._settle(connection)
         elif not connection.begun:
-            connection.begun = True
+            connection.begun, connection.last = True, trio.current_time()
             self._watch(connection, self._running)
+
+    def _gap(self, connection: Connection) -> None:
+        """As `Histogram.observe`, in 0.15 us instead of 0.25. A trace is kept where somebody would look for one."""
+        gaps, now = self.gaps, self._now
+        gap = now - connection.last
+        connection.last = now
+        gaps.counts[bisect_left(gaps.bounds, gap)] += 1
+        gaps.sum += gap
+        if gap > SLOW_SECONDS:
+            gaps.exemplars[bisect_left(gaps.bounds, gap)] = gap, connection.trace
 
     def _settle(self, connection: Connection, lost: str | None = None) -> None:
         connection.lost = lost or connection.lost

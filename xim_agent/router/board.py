@@ -3,9 +3,11 @@
 import math
 from collections import Counter
 
+from xim_agent.mesh.trace import trace_id
 from xim_agent.router.fleet import Agent, Poll
 from xim_agent.router.jobs import Grant, Job, Limits, Outcome, failure
 from xim_agent.router.queues import Key, Queues
+from xim_agent.router.times import Times
 from xim_agent.router.waiting import Waiting
 
 ELSEWHERE = 5.0  # seconds a job that failed on one agent waits for another one
@@ -27,6 +29,7 @@ class Board:
         self.waiting = Waiting()
         self.queues = Queues()
         self.counts: Counter[str] = Counter()
+        self.times = Times()
 
     def hope(self, key: Key, expected: bool, now: float) -> bool:
         """Whether an agent may serve it, now or soon."""
@@ -94,6 +97,7 @@ class Board:
         agent.grants[grant.id] = job.grant = grant
         self.leased[agent] = None
         job.granted_at = now
+        self.times.dispatch.observe(now - job.queued_since, trace_id(job.headers.get("traceparent", "")) or "")
         job.tried.add(agent.id)
         self.put_in(poll, grant)
         self.counts["leases"] += 1

@@ -135,16 +135,31 @@ class Relay:
             await ApiError.of(refused.outcome).response()(scope, receive, send)
         finally:
             self._dispatch.release(job, trio.current_time())
+            self._count()
             log.debug("request", extra=self._hops())
+
+    def _count(self) -> None:
+        first = None if self._first is None or self._job.buffered else self._first - self._received
+        self._dispatch.board.times.over(
+            self._ending,
+            self._bytes,
+            first=first,
+            seconds=trio.current_time() - self._received,
+            trace=trace_id(self._job.headers["traceparent"]) or "",
+        )
+
+    @property
+    def _ending(self) -> str:
+        outcome = self._job.outcome
+        return "left" if outcome is None else outcome.code or "complete"
 
     def _hops(self) -> dict[str, Any]:
         """Nothing of the content; times in ms since the request was complete, None for what was not."""
         job, now = self._job, trio.current_time()
         times = {"granted": job.granted_at, "first": self._first, "last": self._last, "done": now}
-        ending = "left" if job.outcome is None else job.outcome.code or "complete"
         told = {
             "request": job.request, "trace": trace_id(job.headers["traceparent"]), "path": job.path,
-            "status": job.head.status if job.head else None, "bytes": self._bytes, "ending": ending,
+            "status": job.head.status if job.head else None, "bytes": self._bytes, "ending": self._ending,
             "agent": job.grant.agent if job.grant else None, "retries": job.retries,
         }  # fmt: skip
         return told | {

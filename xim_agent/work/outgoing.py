@@ -9,6 +9,7 @@ import trio
 from xim_agent.mesh.messages import End, EndReason, Error, Head, Lease
 from xim_agent.work.outbox import Outbox
 from xim_agent.work.tail import Tail
+from xim_agent.work.times import Times
 
 log = logging.getLogger("xim_agent.work")
 
@@ -20,7 +21,13 @@ class Outgoing:
     """`scope` holds the request's work and ends at the deadline; `verdict` says why it was cancelled before."""
 
     def __init__(
-        self, lease: Lease, outbox: Outbox, *, stir: Callable[[], None], done: Callable[["Outgoing", str], None]
+        self,
+        lease: Lease,
+        outbox: Outbox,
+        *,
+        stir: Callable[[], None],
+        done: Callable[["Outgoing", str], None],
+        times: Times,
     ) -> None:
         self.id = lease.id
         self.request = lease.request
@@ -38,6 +45,7 @@ class Outgoing:
         self._outbox = outbox
         self._stir = stir
         self._done = done
+        self._times = times
         self._credit = trio.Event()
         self._first: float | None = None
         self._ended = False
@@ -52,6 +60,7 @@ class Outgoing:
     def asks(self, traceparent: str) -> None:
         """The engine is asked now."""
         self._asked, self.trace = trio.current_time(), traceparent.split("-")[1]
+        self._times.queue.observe(self._asked - self.received, self.trace)
 
     def head(self, status: int, headers: dict[str, str]) -> None:
         self._replied, self.status = trio.current_time(), status
@@ -71,6 +80,8 @@ class Outgoing:
             self._last = trio.current_time()
             if size and self._first is None:
                 self._first = self._last
+                if self.tail is not None:
+                    self._times.first.observe(self._first - self.received, self.trace)
         if earlier:
             self._stir()
         if size == len(piece):
@@ -153,6 +164,7 @@ class Outgoing:
         self._ended = True
         self.tail = None
         told = self._outbox.end(self.id, ending)
+        self._times.duration.observe(trio.current_time() - self.received, self.trace)
         name = ending.reason if isinstance(ending, End) else ending.code
         self._done(self, name if told else "unknown")
         self._stir()

@@ -18,6 +18,7 @@ from xim_agent.work.outbox import MAX_IN_FLIGHT, Outbox
 from xim_agent.work.outgoing import Outgoing
 from xim_agent.work.spool import Spool
 from xim_agent.work.statistics import Request, Running, SenderStatistics
+from xim_agent.work.times import Times
 
 log = logging.getLogger("xim_agent.work")
 
@@ -38,6 +39,7 @@ class Sender:
     def __init__(self, *, router: EventsTransport, boot: str, link: Link, spool: Spool) -> None:
         self.leases = Leases()
         self.freed: Callable[[], None] = lambda: None
+        self.times = Times()
         self._router = router
         self._boot = boot
         self._link = link
@@ -59,7 +61,7 @@ class Sender:
         """Holds the lease; None when nothing is to be served: it was here before, or is refused (and ended so)."""
         if not self.leases.receive(lease, sent_at):
             return None
-        out = Outgoing(lease, self._outbox, stir=self._stir, done=self._done)
+        out = Outgoing(lease, self._outbox, stir=self._stir, done=self._done, times=self.times)
         self._running[lease.id] = out
         if refusal is None:
             self._accepted += 1
@@ -190,8 +192,10 @@ class Sender:
             self._outbox.failed(batch)
             await self._refused_call(batch, error)
         else:
+            now = trio.current_time()
+            self.times.call.observe(now - batch.left)
             self.leases.renew(batch.leases, batch.left)
-            for lease in self._outbox.delivered(batch, reply.acked, trio.current_time()):
+            for lease in self._outbox.delivered(batch, reply.acked, now):
                 self._settle(lease)
             self.apply(reply.credit, reply.cancel, reply.unknown)
         self._stir()
