@@ -53,6 +53,20 @@ def agent_onedir(agent_exe: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def image_data(agent_onedir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where a daemon of fakes/docker.py finds `xim-test/xim-router` and `xim-test/xim-vllm-cpu`; minutes and 5 GB."""
+    from fakes import images
+    from fakes.docker import daemon, data_root
+
+    with data_root(tmp_path_factory.mktemp("images")) as data:
+        with daemon(data, network=True) as docker, images.served(images.engine_wheels()) as wheels:
+            images.base(docker)
+            for name in ("xim-router", "xim-vllm-cpu"):
+                images.build(docker, name, agent_onedir.parent, wheels)
+        yield data
+
+
 @pytest.fixture
 def free_port() -> int:
     """A loopback port that was free a moment ago."""
