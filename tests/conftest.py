@@ -1,5 +1,6 @@
 """What every test may use. `build/test` makes what the session fixtures name and says where in the environment."""
 
+import faulthandler
 import logging
 import os
 import signal
@@ -59,6 +60,7 @@ def image_data(agent_onedir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     from fakes import images
     from fakes.docker import daemon, data_root
 
+    faulthandler.cancel_dump_traceback_later()  # nothing hangs
     with data_root(tmp_path_factory.mktemp("images")) as data:
         with daemon(data, network=True) as docker, images.served(images.engine_wheels()) as wheels:
             images.base(docker)
