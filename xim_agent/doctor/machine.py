@@ -14,6 +14,9 @@ OLDEST_DRIVER = 535  # the first with CUDA 12.2, and the oldest branch of NVIDIA
 SHM = "/dev/shm"  # noqa: S108
 # What NCCL's documentation wants of containers (`--shm-size=1g`): each pair of GPUs exchanges data there.
 NCCL_SHM = GIB
+# The larger of two queues to vLLM's one worker, which on a CPU is a process: 10 messages of 24 MiB
+# (vllm/distributed/device_communicators/shm_broadcast.py, 0.32). vLLM ends where it has no room.
+WORKER_SHM = 240 * 2**20
 _DRIVER = "install an NVIDIA driver 535 or later, then restart the machine"
 _AMD_GROUPS = "add the agent's user to the groups that own /dev/kfd and /dev/dri (as a rule render and video)"
 
@@ -88,11 +91,11 @@ def _broken_or_few(check: str, hardware: Hardware, config: Config) -> list[Findi
 def shm(hardware: Hardware, config: Config) -> Finding:
     """Shared memory holds what evicted KV blocks are offloaded to, and what several ranks exchange."""
     size, ranks = hardware.shm_bytes, _ranks(config)
-    exchange = NCCL_SHM if ranks > 1 else 0
+    exchange = NCCL_SHM if ranks > 1 else WORKER_SHM if hardware.accelerator == "cpu" else 0
     lowered: list[str] = []
     offload = _offload(replace(hardware, shm_bytes=hardware.memory_bytes), config, lowered)
     parts = [f"{offload / GIB:.1f} for KV offload"] if offload else []
-    parts += [f"{exchange / GIB:.1f} for {ranks} ranks"] if exchange else []
+    parts += [f"{exchange / GIB:.1f} for {f'{ranks} ranks' if ranks > 1 else 'its worker'}"] if exchange else []
     has, wants = f"{SHM} has {size / GIB:.1f} GiB", f"of use are {' and '.join(parts)}" if parts else "none is needed"
     larger, smaller = _larger(max(GIB, offload + exchange)), "set KV_OFFLOAD_SIZE_GB lower"
     if not size:

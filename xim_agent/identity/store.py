@@ -222,7 +222,8 @@ def _cure(directory: Path, error: OSError) -> str:
     return {
         errno.EACCES: owner,
         errno.EPERM: owner,
-        errno.EROFS: f"`mount -o remount,rw {shlex.quote(str(mount))}`, or set XEROTIER_AGENT_CONFIG_PATH elsewhere",
+        errno.EROFS: f"`mount -o remount,rw {shlex.quote(str(mount))}` (a unit of systemd: ReadWritePaths={quoted}; "
+        "a container: a volume), or set XEROTIER_AGENT_CONFIG_PATH elsewhere",
         errno.ENOSPC: f"free space on the file system of {mount}: `df -h {there}`, `du -xh {shlex.quote(str(mount))}`",
         errno.EDQUOT: f"free some of the quota of uid {uid}: `quota`, `du -xh {there}`",
         errno.ELOOP: f"{file} is a symbolic link, which is not followed: `{_without_link(file)}`",
