@@ -15,6 +15,7 @@ import trio
 from xim_agent.clock import SystemClock
 from xim_agent.engine.client import EngineClient
 from xim_agent.health import Health
+from xim_agent.heap import settle_heap
 from xim_agent.identity.bearer import Bearer
 from xim_agent.mesh.client import RouterClient
 from xim_agent.mesh.messages import Load
@@ -71,6 +72,7 @@ async def run(socket: str, url: str, ceiling: int, directory: Path) -> None:
 
 
 def main() -> None:
+    settle_heap()  # as `run` does
     if profile := os.environ.get("XIM_BENCH_PROFILE"):
         import cProfile
 
