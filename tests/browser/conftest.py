@@ -11,8 +11,6 @@ from playwright.sync_api import Browser
 from xim_agent.router.dashboard.parts import Role
 
 
-
-
 @pytest.fixture(scope="session")
 def axe() -> str:
     """The source of axe-core."""

@@ -1,11 +1,7 @@
 """Every text that an agent, a client or a model can choose, shown on every page: nothing of it runs, nothing breaks."""
 
-from collections.abc import Callable
-from typing import Any
-
-import pytest
-from fakes.browser import NARROW, WIDE, Visitor
-from fakes.world import World
+from fakes.browser import NARROW, WIDE, Visit, Visitor
+from fakes.world import Living, World
 
 TEXTS = {
     "picture": "<img src=x onerror=alert(1)>",
@@ -30,23 +26,44 @@ _MADE = """() => [...document.querySelectorAll("main *, dialog *")].filter((e) =
 ).map((e) => e.outerHTML.slice(0, 200))"""
 
 
-def agent_of(world: World, text: str) -> Any:
+def agent_of(world: World, text: str) -> Living:
     """One that says it everywhere where an agent may say something."""
-    agent = world.agent(
-        text,
-        hardware={
-            "accelerator": text,
-            "tier": text,
-            "devices": [{"name": text, "memory": text, "driver": text}],
-            "cpu": {"model": text},
-            "os": text,
-        },
-    )
+    hardware = {
+        "accelerator": text,
+        "tier": text,
+        "devices": [{"name": text, "memory": text, "driver": text}],
+        "cpu": {"model": text},
+        "os": text,
+    }
+    agent = world.agent(text, hardware=hardware)
     agent.says = {
         "health": [{"code": text, "text": text, "since": 1.0}],
-        "progress": {"stage": text, "done": 30, "total": 100, "rate": 10.0, "text": text},
+        "progress": {"stage": "engine", "done": 30, "total": 100, "rate": 10.0, "text": text},
         "phase": "starting",
         "capacity": 0,
     }
-    agent.texts = [text, text]
     return agent
+
+
+def wrong_on(visitor: Visitor, route: str) -> list[str]:
+    visitor.go(route)
+    wrong = []
+    for width in (WIDE, NARROW):
+        visitor.page.set_viewport_size({"width": width, "height": 900})
+        made: list[str] = visitor.page.evaluate(_MADE)
+        wrong += [f"{route} at {width}: {what}" for what in (*made, *visitor.overflow())]
+    return wrong
+
+
+def test_texts_of_agents_and_operators_stay_texts(world: World, visit: Visit) -> None:
+    agents = [agent_of(world, text) for text in TEXTS.values()]
+    for text in TEXTS.values():
+        world.publish(text, text, assigned=False)
+        world.join_key(project=text)
+    visitor = visit()
+    routes = ["agents", *(f"agents/{agent.id}" for agent in agents), "join", "models", "keys", "try"]
+    assert not [wrong for route in routes for wrong in wrong_on(visitor, route)]
+    visitor.go("agents")
+    seen = visitor.text
+    for kind in ("picture", "script", "attribute", "address", "style", "entity", "template"):
+        assert TEXTS[kind] in seen

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from playwright.sync_api import Browser, ConsoleMessage, Dialog, Page, Request, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Dialog, Page, Request, expect, sync_playwright
 
 CHROMIUM = "/usr/bin/chromium"
 # It opens nothing but our own pages, and root has no sandbox to give it.
@@ -16,6 +16,7 @@ _VIOLATIONS = """document.addEventListener("securitypolicyviolation",
   (event) => console.error(`policy: ${event.violatedDirective} ${event.blockedURI}`))"""
 WIDE, NARROW = 1440, 360
 WAIT = 10_000.0  # ms; a busy machine is slow
+expect.set_options(timeout=WAIT)
 
 
 @contextmanager
@@ -45,7 +46,7 @@ class Visitor:
         self.expected: list[str] = []
         self.loaded = 0.0
         size = {"width": width, "height": 900}
-        self.context = browser.new_context(viewport=size, color_scheme=scheme, **more)  # type: ignore[arg-type]
+        self.context = browser.new_context(viewport=size, color_scheme=scheme, reduced_motion="reduce", **more)  # type: ignore[arg-type]
         self.context.add_init_script(_VIOLATIONS)
         self.context.set_default_timeout(WAIT)
         self.page: Page = self.context.new_page()
@@ -85,6 +86,10 @@ class Visitor:
             self.page.evaluate("for (const e of document.querySelector('main').children) e.dataset.old = 'yes'")
             self.page.goto(address)
         self.page.wait_for_selector("main > h1:not([data-old])")
+        self.wait_live()
+
+    def wait_live(self) -> None:
+        """Until the page has its data and follows the router."""
         self.page.wait_for_selector("#link:has-text('live')")
 
     def wait(self, what: str, check: Callable[[], Any]) -> Any:

@@ -1,4 +1,4 @@
-"""A router in a thread of its own, with agents that live by themselves: for tests that do not run on trio, like a browser's.
+"""A router in a thread of its own, with agents that live by themselves, for tests that do not run on trio.
 
 Everything here is called from the test's thread.
 """
@@ -10,7 +10,7 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import httpx
 import trio
@@ -32,9 +32,9 @@ def chunk(text: str) -> bytes:
 
 
 class Living:
-    """An enrolled agent that polls until `kill` and answers all it gets with `texts`, one event each, `pause` apart (s).
+    """An enrolled agent that polls until `kill` and answers all it gets with `texts`, one event each.
 
-    `says`: what it reports from its next poll on (`FakeAgent.poll`'s arguments).
+    `pause`: seconds between two. `says`: what it reports from its next poll on (`FakeAgent.poll`'s arguments).
     """
 
     def __init__(self, world: "World", agent: FakeAgent) -> None:
@@ -56,7 +56,16 @@ class Living:
     async def _poll(self, nursery: trio.Nursery) -> None:
         try:
             polled = await self._agent.poll(wait_ms=200, **self.says)
-        except (httpx.TransportError, AssertionError):  # no router, or one that does not want it any more
+        except httpx.TransportError:  # no router
+            await trio.sleep(0.1)
+            return
+        except AssertionError as refused:
+            said = str(refused)
+            if "agent_removed" in said or "token_invalid" in said:
+                self._killed.set()
+                return
+            if said and "agent_suspended" not in said:  # it says nothing when it ends meanwhile
+                raise
             await trio.sleep(0.1)
             return
         for lease in polled["leases"]:
@@ -88,7 +97,7 @@ class World:
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="router")
 
-    def __enter__(self) -> "World":
+    def __enter__(self) -> Self:
         self._thread.start()
         assert self._begun.wait(10)
         self.up()
@@ -107,7 +116,7 @@ class World:
     def _run(self) -> None:
         try:
             trio.run(self._main)
-        except BaseException as error:  # noqa: BLE001 it is raised in the test's thread
+        except BaseException as error:  # it is raised in the test's thread
             self._error = error
 
     async def _main(self) -> None:
