@@ -50,6 +50,7 @@ def wrong_on(visitor: Visitor, route: str) -> list[str]:
     wrong = []
     for width in (WIDE, NARROW):
         visitor.page.set_viewport_size({"width": width, "height": 900})
+        visitor.picture(f"hostile-{route.replace('/', '-')}-{width}")
         made: list[str] = visitor.page.evaluate(_MADE)
         wrong += [f"{route} at {width}: {what}" for what in (*made, *visitor.overflow())]
     return wrong

@@ -1,8 +1,6 @@
 """Every page as everybody must find it: wide and narrow, light and dark, by keyboard, without a fault for axe."""
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 from fakes.browser import NARROW, WIDE, Visit, Visitor
@@ -22,13 +20,6 @@ def pages(agent: str | None) -> list[str]:
     return ["agents", *([f"agents/{agent}"] if agent else []), "join", "models", "keys", "try"]
 
 
-def picture(visitor: Visitor, name: str) -> None:
-    """Kept in the folder that XIM_TEST_PICTURES names, to be looked at."""
-    if folder := os.environ.get("XIM_TEST_PICTURES"):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        visitor.page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
-
-
 def faults(visitor: Visitor, axe: str) -> list[str]:
     visitor.page.evaluate(axe)
     found: list[str] = visitor.page.evaluate(_AXE)
@@ -46,7 +37,7 @@ def looked_at(
             visitor.page.set_viewport_size({"width": width, "height": 900})
             visitor.page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
             name = f"{route.partition('/')[0] if '/' not in route else 'agent'}-{state}-{width}-{scheme}"
-            picture(visitor, name)
+            visitor.picture(name)
             if wrong := faults(visitor, axe):
                 found[name] = wrong
     return found

@@ -1,5 +1,6 @@
 """Debian's chromium driven by Playwright: visitors of the dashboard, and what a sound page never does to them."""
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -99,6 +100,12 @@ class Visitor:
                 return found
             self.page.wait_for_timeout(50)
         raise AssertionError(f"not within {WAIT / 1000:.0f} s: {what}\n{self.text}")
+
+    def picture(self, name: str) -> None:
+        """Kept in the folder that XIM_TEST_PICTURES names, to be looked at."""
+        if folder := os.environ.get("XIM_TEST_PICTURES"):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self.page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
 
     @property
     def text(self) -> str:
