@@ -167,5 +167,10 @@ document.querySelector(".skip").addEventListener("click", (event) => {
 });
 document.addEventListener("signed-out", (event) => signedOut(event.detail));
 document.addEventListener("visibilitychange", () => (document.hidden ? disconnect() : connect()));
-window.addEventListener("hashchange", () => (session.role ? route() : start()));
+window.addEventListener("hashchange", async () => {
+  if (!session.role) { await start(); return; }
+  await route();
+  byId("main").focus(); // what was chosen is read out, and Tab goes on from there
+  scrollTo(0, 0);
+});
 await start();

@@ -46,7 +46,6 @@ _KINDS = {
     ".css": "text/css",
     ".txt": "text/plain",
 }
-COOKIE = "xim_dashboard"
 
 
 class Dashboard:
@@ -61,6 +60,7 @@ class Dashboard:
         self._clock = clock
         self.feed = Feed(store, dispatch, clock)
         self._guesses = Guesses("links")
+        self._cookie_name = f"xim_dashboard_{sessions.own_id(store.db)}"
         self.also: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = ()
         # Where people look first leads to the page; a fragment goes along.
         self.files: dict[str, Response] = {path: RedirectResponse("/dashboard/") for path in ("/", "/dashboard")}
@@ -136,13 +136,13 @@ class Dashboard:
         if insecure:
             log.warning("the dashboard is used over plain http from another machine", extra={"from": address})
         response = Response(status_code=204)
-        self._cookie(request, response, secret, int(sessions.LIFE))
+        self._set_cookie(request, response, secret, int(sessions.LIFE))
         return response
 
     async def logout(self, request: Request, viewer: Viewer) -> ASGIApp:
         sessions.end(self._store.db, viewer.session)
         response = Response(status_code=204)
-        self._cookie(request, response, "", 0)
+        self._set_cookie(request, response, "", 0)
         return response
 
     async def _session(self, request: Request, viewer: Viewer) -> ASGIApp:
@@ -159,12 +159,12 @@ class Dashboard:
 
     def _secret(self, request: Request) -> str:
         cookies = request.cookies
-        return cookies.get(f"__Secure-{COOKIE}") or cookies.get(COOKIE, "")
+        return cookies.get(f"__Secure-{self._cookie_name}") or cookies.get(self._cookie_name, "")
 
-    def _cookie(self, request: Request, response: Response, secret: str, seconds: int) -> None:
+    def _set_cookie(self, request: Request, response: Response, secret: str, seconds: int) -> None:
         secure = _secure(request)
         response.set_cookie(
-            f"__Secure-{COOKIE}" if secure else COOKIE,
+            f"__Secure-{self._cookie_name}" if secure else self._cookie_name,
             secret,
             max_age=seconds,
             path="/dashboard",

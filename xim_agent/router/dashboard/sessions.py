@@ -19,6 +19,12 @@ SEEN_EVERY = 60.0  # a use is written down so often at most
 _AGAIN = "; `router admin-link` makes a new one"
 
 
+def own_id(db: sqlite3.Connection) -> str:
+    """Tells this router's cookie from that of another on the same machine: cookies know no ports."""
+    db.execute("INSERT OR IGNORE INTO settings(key, value) VALUES('dashboard_id', ?)", (secrets.token_hex(4),))
+    return str(db.execute("SELECT value FROM settings WHERE key='dashboard_id'").fetchone()[0])
+
+
 def make_link(db: sqlite3.Connection, now: float, role: Role = "admin", *, at_start: bool = False) -> str:
     """The token of a new link, which is nowhere else. `at_start`: takes the place of the one made at the last start."""
     token = secrets.token_urlsafe(32)
@@ -30,6 +36,11 @@ def make_link(db: sqlite3.Connection, now: float, role: Role = "admin", *, at_st
             (digest(token.encode()), role, now + LINK_LIFE, at_start),
         )
     return token
+
+
+def link(url: str, token: str) -> str:
+    """The link itself. `url`: where a browser reaches the router. A fragment is in no log and no Referer."""
+    return f"{url.rstrip('/')}/dashboard/#/login/{token}"
 
 
 def redeem(db: sqlite3.Connection, token: str, now: float, *, insecure: bool) -> tuple[str, Viewer]:
