@@ -26,9 +26,9 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    """A router that nobody has used yet."""
-    with World(tmp_path / "router") as world:
+def world(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[World]:
+    """A router that nobody has used yet, with the limits of an indirect parameter."""
+    with World(tmp_path / "router", getattr(request, "param", None)) as world:
         yield world
 
 

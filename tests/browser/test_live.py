@@ -2,12 +2,16 @@
 
 import re
 
+import pytest
 from fakes.browser import Visit
 from fakes.world import World
 from playwright.sync_api import expect
 
 from xim_agent.router.dashboard import sessions
+from xim_agent.router.jobs import Limits
 
+FETCHING = {"stage": "fetch", "done": 1_300_000_000, "total": 5_000_000_000, "rate": 95e6, "text": ""}
+STARTING = {"stage": "engine", "done": 14, "total": 0, "rate": 0.0, "text": "loading weights"}
 # What the browser itself writes into the console when a request fails.
 LOST = ["Failed to load resource: net::ERR_", "status of 401"]
 
@@ -25,6 +29,31 @@ def test_a_router_that_restarts_is_found_again(world: World, visit: Visit) -> No
     expect(visitor.page.locator("main")).to_contain_text("newcomer")
     assert visitor.page.evaluate("window.same")
     newcomer.kill()
+
+
+@pytest.mark.parametrize("world", [Limits(grace=0.0, disconnected=3.0, dead=6.0)], indirect=True)
+def test_an_agent_is_shown_as_it_lives_and_dies(world: World, visit: Visit) -> None:
+    """To two people alike, who load nothing again; what takes the router minutes takes it seconds here."""
+    world.publish("toy")
+    visitors = [visit(), visit(role="read-only")]
+    agent = world.agent("node", living=False)
+
+    def all_show(text: str) -> None:
+        for visitor in visitors:
+            expect(visitor.page.locator("main tbody tr")).to_contain_text(text)
+
+    all_show("pending")
+    agent.says = {"phase": "starting", "capacity": 0, "model": None, "progress": FETCHING}
+    agent.wake()
+    all_show("online")
+    all_show("fetching 1.3 GB of 5.0 GB")
+    agent.says = {"phase": "starting", "capacity": 0, "model": None, "progress": STARTING}
+    all_show("loading weights")
+    agent.says = {}
+    all_show("ready")
+    agent.kill()
+    all_show("disconnected")
+    all_show("dead")
 
 
 def test_a_session_that_ended_shows_the_way_back(world: World, visit: Visit) -> None:

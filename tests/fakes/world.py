@@ -40,15 +40,16 @@ class Living:
     def __init__(self, world: "World", agent: FakeAgent) -> None:
         self._world = world
         self._agent = agent
-        self._killed = trio.Event()
+        self._awake, self._killed = trio.Event(), trio.Event()
         self.id = agent.id
         self.says: dict[str, Any] = {}
         self.texts = ["Hello", " from", " a", " lighthouse."]
         self.pause = 0.0
 
-    async def live(self, polling: bool) -> None:
+    async def live(self) -> None:
+        await self._awake.wait()
         async with trio.open_nursery() as nursery:
-            while polling and not self._killed.is_set():
+            while not self._killed.is_set():
                 await self._poll(nursery)
         await self._killed.wait()
         await self._agent.http.aclose()
@@ -79,9 +80,13 @@ class Living:
                 await self._agent.events(lease, [frame])
                 await trio.sleep(self.pause)
 
+    def wake(self) -> None:
+        """It polls from now on."""
+        self._world.run_sync(self._awake.set)
+
     def kill(self) -> None:
         """It says nothing any more. What it was saying it says to its end: a client cancelled in a write warns."""
-        self._world.run_sync(self._killed.set)
+        self._world.run_sync(lambda: (self._killed.set(), self._awake.set()))
 
 
 class World:
@@ -175,12 +180,14 @@ class World:
         return self.run_sync(lambda: self.bench.join_key(**changed))
 
     def agent(self, name: str = "node", *, key: str = "", living: bool = True, **changed: Any) -> Living:
-        """Enrolls one, with `key` or one of its own; `changed`: members of its request. Not `living`: never polls."""
+        """Enrolls one, with `key` or one of its own; `changed`: members of its request. Not `living`: polls when it is told to `wake`."""
         about = {"name": name, "version": "1.2.3", "os": "linux", "arch": "x86_64", "hostname": name}
         agent = FakeAgent(self.url)
         reply = self.run(lambda: agent.enroll(key or self.bench.join_key(), agent=about, **changed))
         assert reply.status_code == 201, reply.text
         known = Living(self, agent)
         self._agents.append(known)
-        self.run_sync(self._nursery.start_soon, known.live, living)
+        if living:
+            known.wake()
+        self.run_sync(self._nursery.start_soon, known.live)
         return known
