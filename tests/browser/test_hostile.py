@@ -68,3 +68,4 @@ def test_texts_of_agents_and_operators_stay_texts(world: World, visit: Visit) ->
     seen = visitor.text
     for kind in ("picture", "script", "attribute", "address", "style", "entity", "template"):
         assert TEXTS[kind] in seen
+    assert "\u202e" not in seen

@@ -1,15 +1,12 @@
-"""From an empty router to a streamed answer, as a newcomer does it: the frozen executable, real vLLM, a real browser."""
+"""From an empty router to a streamed answer, as a newcomer does it: frozen executable, real vLLM, real browser."""
 
 import re
-import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fakes.browser import Visitor
 from fakes.stack import Process, Stack, until
-from playwright.sync_api import Browser, expect
 
 pytestmark = [pytest.mark.e2e, pytest.mark.full]
 MINUTES = 300_000.0  # ms; vLLM starts on a busy machine

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import httpx
+import outcome
 import trio
 from fakes.agent import Bench, FakeAgent, Frame, answer, head, running
 from fakes.stack import free_port, until
@@ -99,7 +100,6 @@ class World:
         self.url = f"http://127.0.0.1:{self.port}"
         self._agents: list[Living] = []
         self._begun = threading.Event()
-        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="router")
 
     def __enter__(self) -> Self:
@@ -115,14 +115,10 @@ class World:
             self.run_sync(self._over.set)
         self._thread.join(10)
         assert not self._thread.is_alive()
-        if self._error is not None:
-            raise self._error
+        self._result.unwrap()
 
     def _run(self) -> None:
-        try:
-            trio.run(self._main)
-        except BaseException as error:  # it is raised in the test's thread
-            self._error = error
+        self._result = outcome.capture(trio.run, self._main)
 
     async def _main(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
@@ -180,7 +176,7 @@ class World:
         return self.run_sync(lambda: self.bench.join_key(**changed))
 
     def agent(self, name: str = "node", *, key: str = "", living: bool = True, **changed: Any) -> Living:
-        """Enrolls one, with `key` or one of its own; `changed`: members of its request. Not `living`: polls when it is told to `wake`."""
+        """Enrolls one, with `key` or one of its own; `changed`: of its request. Not `living`: waits for `wake`."""
         about = {"name": name, "version": "1.2.3", "os": "linux", "arch": "x86_64", "hostname": name}
         agent = FakeAgent(self.url)
         reply = self.run(lambda: agent.enroll(key or self.bench.join_key(), agent=about, **changed))

@@ -110,6 +110,12 @@ def assignment(db: sqlite3.Connection, agent_id: str) -> Assigned | None:
     return Assigned(Published(*row[:-2]), json.loads(row[-2]), row[-1]) if row else None
 
 
+def assignments(db: sqlite3.Connection) -> dict[str, Assigned]:
+    """By agent; what is under `ALL` is that of every agent that is not named. One query, for who needs many."""
+    query = "SELECT m.*, a.serving, a.generation, a.agent_id FROM assignments a JOIN models m USING(name, revision)"
+    return {row[-1]: Assigned(Published(*row[:-3]), json.loads(row[-3]), row[-2]) for row in db.execute(query)}
+
+
 def expects(db: sqlite3.Connection, project: str, model: str) -> bool:
     """Whether an enrolled agent of the project has this model assigned."""
     query = (

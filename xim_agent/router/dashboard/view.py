@@ -3,14 +3,17 @@
 import json
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from xim_agent.router.catalog import Assigned, Published
 from xim_agent.router.fleet import Agent
 from xim_agent.router.jobs import Limits
 from xim_agent.router.lifecycle import lifecycle
+from xim_agent.text import printable
 
 KEEP_TEXT = 300
+KEEP_PARSED = 4096  # characters; a machine with 8 GPUs says 3,000, and longer ones must not fill the memory
 
 
 def agent_view(
@@ -76,7 +79,13 @@ def _progress(agent: Agent | None) -> dict[str, Any] | None:
     return {"stage": p.stage, "done": p.done, "total": p.total, "rate": _number(p.rate), "text": _text(p.text)}
 
 
-def _object(text: str) -> dict[str, Any]:
+def _object(text: str) -> Mapping[str, Any]:
+    """What an agent said when it enrolled, which is looked at every second."""
+    return _kept(text) if len(text) <= KEEP_PARSED else _kept.__wrapped__(text)
+
+
+@lru_cache(2048)
+def _kept(text: str) -> Mapping[str, Any]:
     value = json.loads(text)
     return value if isinstance(value, dict) else {}
 
@@ -87,4 +96,5 @@ def _number(value: float | None) -> float | None:
 
 
 def _text(value: Any) -> str | None:
-    return str(value)[:KEEP_TEXT] if value is not None else None
+    """Without what turns the writing around: it would turn our own words beside it, and a question that names it."""
+    return printable(str(value)[:KEEP_TEXT]) if value is not None else None
