@@ -128,9 +128,10 @@ class Dashboard:
         insecure = not (_secure(request) or self._here(request, address))
         try:
             secret, viewer = sessions.redeem(self._store.db, str(token), self._clock.now(), insecure=insecure)
-        except ApiError:
-            self._guesses.wrong(address, now)
-            log.warning("a link to the dashboard was refused", extra={"from": address})
+        except ApiError as error:
+            if error.code == "link_unknown":
+                self._guesses.wrong(address, now)
+            log.warning("a link to the dashboard was refused", extra={"from": address, "code": error.code})
             raise
         log.info("somebody signed in to the dashboard", extra={"from": address, "role": viewer.role})
         if insecure:

@@ -6,6 +6,7 @@ Of both only a hash is kept (`digest`): who reads the database, or a copy of it,
 import hashlib
 import secrets
 import sqlite3
+from contextlib import suppress
 from typing import Any
 
 from xim_agent.router.dashboard.parts import Role, Viewer
@@ -69,7 +70,9 @@ def find(db: sqlite3.Connection, secret: str, now: float) -> Viewer | None:
     if session is None:
         return None
     if now - session["seen"] >= SEEN_EVERY:
-        db.execute("UPDATE dashboard_sessions SET seen=? WHERE hash=?", (now, session["hash"]))
+        # On a disk that is full one can still look.
+        with suppress(sqlite3.OperationalError):
+            db.execute("UPDATE dashboard_sessions SET seen=? WHERE hash=?", (now, session["hash"]))
     return Viewer(session["hash"], session["role"])
 
 
