@@ -49,7 +49,7 @@ def wrong_on(visitor: Visitor, route: str) -> list[str]:
     visitor.go(route)
     wrong = []
     for width in (WIDE, NARROW):
-        visitor.page.set_viewport_size({"width": width, "height": 900})
+        visitor.look(width)
         visitor.picture(f"hostile-{route.replace('/', '-')}-{width}")
         made: list[str] = visitor.page.evaluate(_MADE)
         wrong += [f"{route} at {width}: {what}" for what in (*made, *visitor.overflow())]

@@ -34,8 +34,7 @@ def looked_at(
     for route in routes:
         visitor.go(route)
         for width, scheme in looks:
-            visitor.page.set_viewport_size({"width": width, "height": 900})
-            visitor.page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+            visitor.look(width, scheme)
             name = f"{route.partition('/')[0] if '/' not in route else 'agent'}-{state}-{width}-{scheme}"
             visitor.picture(name)
             if wrong := faults(visitor, axe):
@@ -120,3 +119,17 @@ def test_pages_are_small(world: World, visit: Visit) -> None:
         visitor.page.wait_for_selector("main h1")
         visitor.page.wait_for_load_state("load")
         assert 2_000 < visitor.loaded - before < MAX_BYTES
+
+
+def test_the_way_in_hinders_nobody(world: World, visit: Visit, axe: str) -> None:
+    visitor = visit(role=None)
+    visitor.expected = ["status of 401"]  # it asks who is there
+    visitor.page.goto(f"{world.url}/")
+    visitor.page.wait_for_selector("main > h1:has-text('Sign in')")
+    found = {}
+    for width, scheme in LOOKS + MORE_LOOKS:
+        visitor.look(width, scheme)
+        visitor.picture(f"login-{width}-{scheme}")
+        found[f"{width} {scheme}"] = faults(visitor, axe)
+    assert not any(found.values()), json.dumps(found, indent=1)
+    assert not by_keyboard(visitor)

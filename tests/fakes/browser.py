@@ -89,6 +89,10 @@ class Visitor:
         self.page.wait_for_selector("main > h1:not([data-old])")
         self.wait_live()
 
+    def look(self, width: int, scheme: str = "light") -> None:
+        self.page.set_viewport_size({"width": width, "height": 900})
+        self.page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+
     def wait_live(self) -> None:
         """Until the page has its data and follows the router."""
         self.page.wait_for_selector("#link:has-text('live')")
