@@ -86,8 +86,8 @@ class Visitor:
         if self.page.url != address:
             self.page.evaluate("for (const e of document.querySelector('main').children) e.dataset.old = 'yes'")
             self.page.goto(address)
-        self.page.wait_for_selector("main > h1:not([data-old])")
         self.wait_live()
+        self.page.wait_for_selector("main > h1:not([data-old]):not(:has-text('Waiting for the router'))")
 
     def look(self, width: int, scheme: str = "light") -> None:
         self.page.set_viewport_size({"width": width, "height": 900})
