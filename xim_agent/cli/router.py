@@ -106,7 +106,7 @@ async def _serve(
             click.echo(f"router is listening on {' '.join(bound)}", err=True)
             click.echo(f"agents and clients use {' '.join(store.public_urls)}", err=True)
             link = sessions.link(store.public_urls[0], token)
-            click.echo(f"the dashboard opens by this link once, then `router admin-link` makes another: {link}", err=True)
+            click.echo(f"the dashboard opens once by {link} (`router admin-link` makes another)", err=True)
             async for _ in signals:
                 break
             click.echo("router stops", err=True)

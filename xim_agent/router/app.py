@@ -23,7 +23,7 @@ from xim_agent.router import blobs
 from xim_agent.router.agents import MAX_IDENTITY, AgentApi
 from xim_agent.router.dashboard.actions import Agents
 from xim_agent.router.dashboard.page import Dashboard, Secured
-from xim_agent.router.dashboard.parts import MAX_WRITE
+from xim_agent.router.dashboard.parts import MAX_WRITE, Part
 from xim_agent.router.dispatch import Dispatch
 from xim_agent.router.incoming import Gone, Incoming, Replay, TooLarge
 from xim_agent.router.jobs import Limits
@@ -138,6 +138,14 @@ class Router:
         self.dashboard = Dashboard(store, self.dispatch, clock)
         self.dashboard.add(Agents(store, self.dispatch, clock, self.agents.reload))
         self.state = SimpleNamespace(data_dir=store.directory)  # where `blobs` looks, as `request.app.state`
+        self._route()
+
+    def add(self, part: Part) -> None:
+        """One more part of the dashboard."""
+        self.dashboard.add(part)
+        self._route()
+
+    def _route(self) -> None:
         routes = [*self._agent_routes(), *self._client_routes(), *self._dashboard_routes()]
         self._exact = {route.path: route.app for route in routes if "{" not in route.path}
         self._routes = Routes(routes, redirect_slashes=False, default=not_found)
