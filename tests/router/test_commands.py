@@ -41,8 +41,10 @@ def test_from_nothing_to_a_router_that_could_serve(tmp_path: Path) -> None:
     assert "never ran" in key.stderr
     api_key = router(data, "api-key", "create", "--project", "Test").stdout.strip()
     with Store.open(data) as store:
-        assert catalog.project_of(store.db, api_key) == "Test"
-        assert catalog.project_of(store.db, api_key + "x") is None
+        found = catalog.find_api_key(store.db, api_key)
+        assert found is not None
+        assert found[1] == "Test"
+        assert catalog.find_api_key(store.db, api_key + "x") is None
         found = catalog.assignment(store.db, "any agent")
         assert found is not None
         assert (found.model.revision, found.model.task, found.model.size_bytes) == ("v1", "generate", 7039)

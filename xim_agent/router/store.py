@@ -52,6 +52,10 @@ CREATE TABLE IF NOT EXISTS dashboard_links(
 CREATE TABLE IF NOT EXISTS dashboard_sessions(
   hash BLOB PRIMARY KEY, role TEXT NOT NULL, created REAL NOT NULL, seen REAL NOT NULL, insecure INTEGER NOT NULL);
 """
+# Columns that tables of older routers lack.
+_NEWER = {
+    "api_keys": {"name": "TEXT NOT NULL DEFAULT ''", "beginning": "TEXT NOT NULL DEFAULT ''", "last_used": "REAL"},
+}
 
 
 class Store:
@@ -79,6 +83,7 @@ class Store:
             db.execute("PRAGMA synchronous = FULL")  # what was answered must be on disk: keys and credentials
             db.execute("PRAGMA foreign_keys = ON")
             db.executescript("BEGIN IMMEDIATE;" + _SCHEMA + "COMMIT;")
+            _add_columns(db)
         except sqlite3.Error as error:
             db.close()
             raise _unusable(path, error) from error
@@ -122,6 +127,17 @@ class Store:
                     rows = [(when, agent_id) for agent_id, when in seen.items()]
                     self.db.executemany("UPDATE agents SET last_seen=? WHERE agent_id=?", rows)
                     chronicle.record(self.db, happened)
+            finally:
+                self.db.execute("PRAGMA synchronous = FULL")
+
+    def save_used(self, used: Mapping[bytes, float]) -> None:
+        """When API keys, by their hashes, were last used; in the same way."""
+        if used:
+            self.db.execute("PRAGMA synchronous = NORMAL")
+            try:
+                with transaction(self.db):
+                    rows = [(when, hashed) for hashed, when in used.items()]
+                    self.db.executemany("UPDATE api_keys SET last_used=? WHERE hash=?", rows)
             finally:
                 self.db.execute("PRAGMA synchronous = FULL")
 
@@ -176,6 +192,15 @@ class Store:
             public_urls=self.public_urls,
             now=now,
         )
+
+
+def _add_columns(db: sqlite3.Connection) -> None:
+    with transaction(db):
+        for table, columns in _NEWER.items():
+            has = {row[1] for row in db.execute(f"PRAGMA table_info({table})")}
+            for name, kind in columns.items():
+                if name not in has:
+                    db.execute(f"ALTER TABLE {table} ADD COLUMN {name} {kind}")
 
 
 @contextmanager
