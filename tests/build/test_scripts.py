@@ -112,20 +112,25 @@ def test_the_test_script_installs_what_the_system_lacks_or_names_it(tmp_path: Pa
     done = subprocess.run(command, env={"PATH": str(tools)}, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert says in done.stdout + done.stderr
-    assert "g++ binutils python3-venv python3-dev systemd" in done.stdout + done.stderr
+    assert "g++ binutils python3-venv python3-dev systemd chromium" in done.stdout + done.stderr
     assert ("apt-get update" in done.stdout) == (user == "0")
 
 
-@pytest.fixture
-def engine_env(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def loaded(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A script of build/ as a module."""
     monkeypatch.syspath_prepend(str(BUILD))
-    loader = importlib.machinery.SourceFileLoader("engine_env", str(BUILD / "engine-env"))
-    spec = importlib.util.spec_from_loader("engine_env", loader)
+    loader = importlib.machinery.SourceFileLoader(name.replace("-", "_"), str(BUILD / name))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setattr("sys.dont_write_bytecode", True)
     loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def engine_env(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return loaded("engine-env", monkeypatch)
 
 
 @pytest.mark.parametrize("error", [URLError("no name"), TimeoutError(), ConnectionResetError(), BadStatusLine("x")])
@@ -165,3 +170,19 @@ def test_the_demo_model_is_made_once_and_leaves_of_a_killed_run_go(
         out, err = capsys.readouterr()
         assert (out, err) == (f"{made}\n", f"demo-model: {said}: {made}\n")
     assert sorted(path.name for path in made.parent.iterdir()) == [".lock", demo.NAME]
+
+
+@pytest.mark.parametrize(
+    ("sent", "says"), [(None, "cannot be fetched"), (b"something else", "nothing is taken from it")]
+)
+def test_axe_comes_as_it_was_published_or_not_at_all(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sent: bytes | None, says: str
+) -> None:
+    axe, package = loaded("axe", monkeypatch), tmp_path / "package.tgz"
+    if sent is not None:
+        package.write_bytes(sent)
+    monkeypatch.setattr(axe, "URL", package.as_uri())
+    with pytest.raises(SystemExit) as refused:
+        axe.main(tmp_path / "axe.min.js")
+    assert says in str(refused.value.code)
+    assert not (tmp_path / "axe.min.js").exists()

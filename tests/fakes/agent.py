@@ -1,6 +1,7 @@
 """An agent by hand: speaks the wire protocol with httpx and msgspec alone, one call at a time, as a test says.
 
-`running` is a local router over a real socket with one published and assigned model, for such agents and for clients.
+`running` is a local router over a real socket, with one published and assigned model where nothing else is said, for
+such agents and for clients.
 """
 
 import time
@@ -190,12 +191,15 @@ class Bench:
 
 
 @asynccontextmanager
-async def running(directory: Path, limits: Limits | None = None, listen: str = "127.0.0.1:0") -> AsyncIterator[Bench]:
+async def running(
+    directory: Path, limits: Limits | None = None, listen: str = "127.0.0.1:0", *, published: bool = True
+) -> AsyncIterator[Bench]:
     now = time.time()
     with Store.open(directory) as store:
-        row = catalog.Published(MODEL, "r1", MODEL, f"sha256:{'0' * 64}", 1000, 700, "generate", now)
-        catalog.register(store.db, row)
-        catalog.assign(store.db, MODEL, None, None)
+        if published:
+            row = catalog.Published(MODEL, "r1", MODEL, f"sha256:{'0' * 64}", 1000, 700, "generate", now)
+            catalog.register(store.db, row)
+            catalog.assign(store.db, MODEL, None, None)
         async with trio.open_nursery() as nursery:
             router = make_app(store, limits)
             bound = await nursery.start(serve, router, listen)

@@ -5,8 +5,8 @@ from typing import Any
 
 import click
 
-from xim_agent.cli import router_admin_link, router_agents, router_join_key, router_models
-from xim_agent.cli.router_store import DATA, check_url, open_store, project_name
+from xim_agent.cli import router_admin_link, router_agents, router_api_key, router_join_key, router_models
+from xim_agent.cli.router_store import DATA, check_url, open_store
 
 _PEM = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -17,6 +17,7 @@ def command() -> None:
 
 
 command.add_command(router_join_key.command)
+command.add_command(router_api_key.command)
 command.add_command(router_admin_link.command)
 command.add_command(router_agents.command)
 command.add_command(router_models.command)
@@ -186,20 +187,15 @@ def assign(target: str, agent: str | None, data: Path) -> None:
     click.echo(f"{done.model.name}@{done.model.revision} goes to {whom}, generation {done.generation}", err=True)
 
 
-@command.group("api-key")
-def api_key() -> None:
-    """Keys of clients."""
-
-
-@api_key.command("create")
-@click.option("--project", required=True, help="Project whose agents answer its requests")
+@command.command()
+@click.argument("target", metavar="NAME@REV")
+@click.option("--agent", metavar="ID", help="[default: all agents that have no other one]")
 @DATA
-def create_api_key(project: str, data: Path) -> None:
-    """Print a new API key. It cannot be shown again."""
-    import time
-
+def unassign(target: str, agent: str | None, data: Path) -> None:
+    """Take a model back. Who is left without one finishes its requests and stops its engine."""
     from xim_agent.router import catalog
 
-    with open_store(data) as store:
-        key = catalog.create_api_key(store.db, project_name(project), time.time())
-    click.echo(key)
+    name, _, revision = target.rpartition("@")
+    with open_store(data, old=True) as store:
+        catalog.unassign(store.db, name, revision, agent)
+    click.echo(f"{target} is taken back from {f'agent {agent}' if agent else 'all agents'}", err=True)

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import click
 
-from xim_agent.cli.router_store import DATA, open_store, project_name
+from xim_agent.cli.router_store import DATA, open_store
 from xim_agent.cli.table import JSON, cell, moment, show
+from xim_agent.router.names import project_name
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 

@@ -1,6 +1,5 @@
 """What the local router's commands share: `--data`, and the database behind it."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +31,6 @@ def open_store(data: Path, *, old: bool = False) -> Any:
     if new:
         click.echo(f"there was no router in {data}: this is a new one", err=True)
     return store
-
-
-def project_name(name: str) -> str:
-    """Raises AgentError `project_invalid`, exit 2."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", name):
-        raise AgentError(
-            "project_invalid",
-            f"{name!r} is no project name",
-            hint="letters, digits, `.`, `_` and `-`, at most 63, the first one a letter or digit",
-            exit_code=Exit.USAGE,
-        )
-    return name
 
 
 def check_url(url: str, option: str) -> None:

@@ -21,6 +21,11 @@ from xim_agent.mesh.content import ContentError, unpack
 from xim_agent.mesh.messages import MAX_BODY, MAX_EVENTS, SERVED_PATHS
 from xim_agent.router import blobs
 from xim_agent.router.agents import MAX_IDENTITY, AgentApi
+from xim_agent.router.dashboard.actions import Agents
+from xim_agent.router.dashboard.chat import Chat
+from xim_agent.router.dashboard.join import JoinKeys
+from xim_agent.router.dashboard.keys import ApiKeys
+from xim_agent.router.dashboard.models import Models
 from xim_agent.router.dashboard.page import Dashboard, Secured
 from xim_agent.router.dashboard.parts import MAX_WRITE, Part
 from xim_agent.router.dispatch import Dispatch
@@ -133,8 +138,13 @@ class Router:
         self.store = store
         self.dispatch = Dispatch(limits)
         self.agents = AgentApi(store, self.dispatch, clock)
-        self.clients = ClientApi(store, self.dispatch)
+        self.clients = ClientApi(store, self.dispatch, clock)
         self.dashboard = Dashboard(store, self.dispatch, clock)
+        self.dashboard.add(Agents(store, self.dispatch, clock, self.agents.reload))
+        self.dashboard.add(JoinKeys(store, clock))
+        self.dashboard.add(Models(store, self.dispatch, self.agents.reload))
+        self.dashboard.add(ApiKeys(store, clock))
+        self.dashboard.add(Chat(self.clients))
         self.state = SimpleNamespace(data_dir=store.directory)  # where `blobs` looks, as `request.app.state`
         self._route()
 
@@ -213,12 +223,14 @@ class Router:
             while True:
                 now = trio.current_time()
                 self.dispatch.tick(now)
+                self.dispatch.board.diary.silent(self.dispatch.agents, now, self.dispatch.limits)
                 try:
                     if (found := self.store.data_version()) != version:
                         self.agents.reload()
                         version = found
                     if now - saved >= SEEN_SECONDS or self.agents.newcomers:
                         self.agents.save_seen()
+                        self.clients.save_used()
                         saved = now
                 except sqlite3.Error as error:
                     # Busy or full: what could not be read or written is tried again, and requests go on.
@@ -227,6 +239,7 @@ class Router:
         finally:
             with suppress(sqlite3.Error):
                 self.agents.save_seen()
+                self.clients.save_used()
 
 
 def make_app(store: Store, limits: Limits | None = None, clock: Clock | None = None) -> Router:

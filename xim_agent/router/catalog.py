@@ -9,10 +9,11 @@ from typing import Any
 
 from xim_agent.errors import AgentError, Exit
 from xim_agent.mesh.messages import Task
-from xim_agent.router.sql import digest, transaction
+from xim_agent.router.sql import digest, rows, transaction
 
 ALL = "*"
 API_KEY_PREFIX = "sk-xim-"
+_SHOWN = len(API_KEY_PREFIX) + 4  # characters of a key that are kept: 24 of its 256 random bits
 
 
 @dataclass(frozen=True)
@@ -110,12 +111,19 @@ def assignment(db: sqlite3.Connection, agent_id: str) -> Assigned | None:
     return Assigned(Published(*row[:-2]), json.loads(row[-2]), row[-1]) if row else None
 
 
+def assignments(db: sqlite3.Connection) -> dict[str, Assigned]:
+    """By agent; what is under `ALL` is that of every agent that is not named. One query, for who needs many."""
+    query = "SELECT m.*, a.serving, a.generation, a.agent_id FROM assignments a JOIN models m USING(name, revision)"
+    return {row[-1]: Assigned(Published(*row[:-3]), json.loads(row[-3]), row[-2]) for row in db.execute(query)}
+
+
 def expects(db: sqlite3.Connection, project: str, model: str) -> bool:
-    """Whether an enrolled agent of the project has this model assigned."""
+    """Whether an enrolled agent of the project, that is not to drain, has this model assigned."""
     query = (
         "SELECT 1 FROM agents g JOIN assignments a ON a.agent_id ="
         " coalesce((SELECT agent_id FROM assignments WHERE agent_id = g.agent_id), ?)"
-        " WHERE g.project = ? AND g.state = 'enrolled' AND a.name = ? LIMIT 1"
+        " WHERE g.project = ? AND g.state = 'enrolled' AND a.name = ?"
+        " AND g.agent_id NOT IN (SELECT agent_id FROM drained) LIMIT 1"
     )
     return db.execute(query, (ALL, project, model)).fetchone() is not None
 
@@ -160,15 +168,62 @@ def assign(db: sqlite3.Connection, name: str, revision: str | None, agent_id: st
     return Assigned(model, serving, generation)
 
 
-def create_api_key(db: sqlite3.Connection, project: str, now: float) -> str:
-    """The key's text; only its hash is kept."""
+def unassign(db: sqlite3.Connection, name: str, revision: str, agent_id: str | None) -> None:
+    """Takes it back from one agent, which has that of all agents then, or from all that have no other one.
+
+    An agent that is left without one finishes its requests and stops its engine. Raises AgentError
+    `assignment_unknown`, exit 1.
+    """
+    whom = f"agent {agent_id}" if agent_id else "all agents"
+    with transaction(db):
+        gone = "DELETE FROM assignments WHERE agent_id=? AND name=? AND revision=?"
+        if not db.execute(gone, (agent_id or ALL, name, revision)).rowcount:
+            raise AgentError(
+                "assignment_unknown",
+                f"{name}@{revision} is not assigned to {whom}",
+                hint="`router model ls` shows who has what",
+                exit_code=Exit.MISSING,
+            )
+
+
+def create_api_key(db: sqlite3.Connection, project: str, now: float, name: str = "") -> str:
+    """The key's text; only its hash and its beginning are kept. `name`: what its operator calls it."""
     key = API_KEY_PREFIX + secrets.token_urlsafe(32)
-    db.execute("INSERT INTO api_keys(hash, project, created) VALUES(?, ?, ?)", (digest(key.encode()), project, now))
+    values = (digest(key.encode()), project, now, name, key[:_SHOWN])
+    db.execute("INSERT INTO api_keys(hash, project, created, name, beginning) VALUES(?, ?, ?, ?, ?)", values)
     return key
 
 
-def project_of(db: sqlite3.Connection, api_key: str) -> str | None:
-    """The project of a valid key."""
+def api_keys(db: sqlite3.Connection) -> list[dict[str, Any]]:
+    """Newest first: `id` (of its hash), `beginning` (of its text), `name`, `project`, `state` (valid or revoked),
+    `created`, `last_used` (Unix seconds; None: never, as far as is known; up to 15 s behind).
+    """
+    query = (
+        "SELECT lower(hex(substr(hash, 1, 6))) AS id, beginning, name, project,"
+        " iif(revoked IS NULL, 'valid', 'revoked') AS state, created, last_used"
+        " FROM api_keys ORDER BY created DESC, rowid DESC"
+    )
+    return rows(db, query)
+
+
+def revoke_api_key(db: sqlite3.Connection, key_id: str, now: float) -> None:
+    """Opens nothing from now on; answers that run end as they do. Again does nothing.
+
+    Raises AgentError `api_key_unknown`, exit 1.
+    """
+    with transaction(db):
+        done = "UPDATE api_keys SET revoked=coalesce(revoked, ?) WHERE lower(hex(substr(hash, 1, 6)))=?"
+        if not db.execute(done, (now, key_id.lower())).rowcount:
+            raise AgentError(
+                "api_key_unknown",
+                f"there is no API key {key_id[:60]!r}",
+                hint="`router api-key ls` shows the ids",
+                exit_code=Exit.MISSING,
+            )
+
+
+def find_api_key(db: sqlite3.Connection, api_key: str) -> tuple[bytes, str] | None:
+    """Hash and project of a valid key."""
     hashed = digest(api_key.encode("utf-8", "surrogateescape"))
     row = db.execute("SELECT project FROM api_keys WHERE hash=? AND revoked IS NULL", (hashed,)).fetchone()
-    return str(row[0]) if row else None
+    return (hashed, str(row[0])) if row else None

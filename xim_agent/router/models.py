@@ -54,6 +54,40 @@ def changing(directory: Path, waits: Callable[[], None], *, alone: bool) -> Iter
         os.close(fd)
 
 
+def busy(directory: Path) -> bool:
+    """Whether something is published, or removed, at this moment. Raises AgentError `publish_io`."""
+    try:
+        with changing(directory, _give_up, alone=True):
+            return False
+    except BlockingIOError:
+        return True
+
+
+def _give_up() -> None:
+    raise BlockingIOError
+
+
+def remove(directory: Path, db: sqlite3.Connection, name: str, revision: str) -> tuple[Published, Garbage]:
+    """Takes a revision from the list and its chunks from the disk, unless another one needs them: what went.
+
+    Blocks for as long as that takes. Raises AgentError `model_busy` (exit 4) while something is published, and what
+    `unregister`, `garbage` and `sweep` raise.
+    """
+    try:
+        with changing(directory, _give_up, alone=True):
+            model = unregister(db, name, revision)
+            found = garbage(db, directory)
+            sweep(found)
+    except BlockingIOError:
+        raise AgentError(
+            "model_busy",
+            f"{name}@{revision} cannot be removed while a model is published",
+            hint="try again when that is done",
+            exit_code=Exit.BUSY,
+        ) from None
+    return model, found
+
+
 def listed(db: sqlite3.Connection) -> list[dict[str, Any]]:
     """Newest first, sizes in bytes; `agents`: ids that have it assigned, `*`: all that have no other one."""
     return [

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from xim_agent.clock import Clock
 from xim_agent.mesh.trace import trace_id, traced
 from xim_agent.router import catalog
 from xim_agent.router.dispatch import Dispatch
@@ -36,17 +37,26 @@ _asked = msgspec.json.Decoder(Asked)
 
 
 class ClientApi:
-    def __init__(self, store: Store, dispatch: Dispatch) -> None:
+    def __init__(self, store: Store, dispatch: Dispatch, clock: Clock) -> None:
         self._store = store
         self._dispatch = dispatch
+        self._clock = clock
+        self._used: dict[bytes, float] = {}
+
+    def save_used(self) -> None:
+        """Writes when each API key was last used; what was not written is kept. Raises sqlite3.Error."""
+        self._store.save_used(self._used)
+        self._used = {}
 
     def client(self, request: Request) -> str:
         """The project of the API key. Raises ApiError 401."""
         kind, _, key = request.headers.get("authorization", "").partition(" ")
-        project = catalog.project_of(self._store.db, key.strip()) if kind.lower() == "bearer" else None
-        if project is None:
+        found = catalog.find_api_key(self._store.db, key.strip()) if kind.lower() == "bearer" else None
+        if found is None:
             what = "Incorrect API key provided." if key else "You didn't provide an API key."
             raise ApiError(401, "invalid_api_key", f"{what} Make one with `router api-key create --project NAME`.")
+        hashed, project = found
+        self._used[hashed] = self._clock.now()
         return project
 
     async def complete(self, request: Request, project: str) -> "Relay":

@@ -33,14 +33,17 @@ _VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]{0,8192}")
 
 
 class ApiError(Exception):
-    """An error for a client, in OpenAI's envelope. `retry_after` in seconds."""
+    """An error for a client, in OpenAI's envelope. `retry_after` in seconds; `param`: the member that is wrong."""
 
-    def __init__(self, status: int, code: str, message: str, retry_after: int | None = None) -> None:
+    def __init__(
+        self, status: int, code: str, message: str, retry_after: int | None = None, *, param: str | None = None
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
         self.message = message
         self.retry_after = retry_after
+        self.param = param
 
     @classmethod
     def of(cls, outcome: Outcome) -> "ApiError":
@@ -50,7 +53,7 @@ class ApiError(Exception):
         """The envelope; `kind` is its `type`, by default after the status."""
         if not kind:
             kind = "service_error" if self.status >= 500 or self.status == 429 else "invalid_request_error"
-        error = {"message": self.message, "type": kind, "param": None, "code": self.code}
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return json.dumps({"error": error}).encode()
 
     def response(self) -> Response:

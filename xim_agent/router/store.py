@@ -11,7 +11,7 @@ from typing import Self
 
 from xim_agent import files
 from xim_agent.errors import AgentError, Exit, leaves
-from xim_agent.router import join_keys, keyring
+from xim_agent.router import chronicle, join_keys, keyring
 from xim_agent.router.sql import transaction
 from xim_agent.router.tokens import RouterKeys
 
@@ -42,11 +42,20 @@ CREATE TABLE IF NOT EXISTS assignments(
   agent_id TEXT PRIMARY KEY, name TEXT NOT NULL, revision TEXT NOT NULL, serving TEXT NOT NULL,
   generation INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS api_keys(hash BLOB PRIMARY KEY, project TEXT NOT NULL, created REAL NOT NULL, revoked REAL);
+CREATE TABLE IF NOT EXISTS drained(agent_id TEXT PRIMARY KEY REFERENCES agents(agent_id), since REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS agent_events(
+  id INTEGER PRIMARY KEY, agent_id TEXT NOT NULL, at REAL NOT NULL, kind TEXT NOT NULL, text TEXT NOT NULL,
+  who TEXT NOT NULL);
+CREATE INDEX IF NOT EXISTS agent_events_of ON agent_events(agent_id, id);
 CREATE TABLE IF NOT EXISTS dashboard_links(
   hash BLOB PRIMARY KEY, role TEXT NOT NULL, expires REAL NOT NULL, used REAL, at_start INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS dashboard_sessions(
   hash BLOB PRIMARY KEY, role TEXT NOT NULL, created REAL NOT NULL, seen REAL NOT NULL, insecure INTEGER NOT NULL);
 """
+# Columns that tables of older routers lack.
+_NEWER = {
+    "api_keys": {"name": "TEXT NOT NULL DEFAULT ''", "beginning": "TEXT NOT NULL DEFAULT ''", "last_used": "REAL"},
+}
 
 
 class Store:
@@ -74,6 +83,7 @@ class Store:
             db.execute("PRAGMA synchronous = FULL")  # what was answered must be on disk: keys and credentials
             db.execute("PRAGMA foreign_keys = ON")
             db.executescript("BEGIN IMMEDIATE;" + _SCHEMA + "COMMIT;")
+            _add_columns(db)
         except sqlite3.Error as error:
             db.close()
             raise _unusable(path, error) from error
@@ -104,14 +114,30 @@ class Store:
     def set_setting(self, key: str, value: str) -> None:
         self.db.execute("INSERT OR REPLACE INTO settings(key, value) VALUES(?, ?)", (key, value))
 
-    def save_seen(self, seen: Mapping[str, float]) -> None:
-        """When agents were last heard, in one transaction that is not forced to disk: nothing depends on it."""
-        if seen:
+    def save_seen(
+        self, seen: Mapping[str, float], happened: Sequence[tuple[str, float, str, str, chronicle.Who]] = ()
+    ) -> None:
+        """When agents were last heard and what `chronicle.record` keeps, in one transaction that is not forced to disk:
+        nothing depends on it.
+        """
+        if seen or happened:
             self.db.execute("PRAGMA synchronous = NORMAL")
             try:
                 with transaction(self.db):
                     rows = [(when, agent_id) for agent_id, when in seen.items()]
                     self.db.executemany("UPDATE agents SET last_seen=? WHERE agent_id=?", rows)
+                    chronicle.record(self.db, happened)
+            finally:
+                self.db.execute("PRAGMA synchronous = FULL")
+
+    def save_used(self, used: Mapping[bytes, float]) -> None:
+        """When API keys, by their hashes, were last used; in the same way."""
+        if used:
+            self.db.execute("PRAGMA synchronous = NORMAL")
+            try:
+                with transaction(self.db):
+                    rows = [(when, hashed) for hashed, when in used.items()]
+                    self.db.executemany("UPDATE api_keys SET last_used=? WHERE hash=?", rows)
             finally:
                 self.db.execute("PRAGMA synchronous = FULL")
 
@@ -166,6 +192,15 @@ class Store:
             public_urls=self.public_urls,
             now=now,
         )
+
+
+def _add_columns(db: sqlite3.Connection) -> None:
+    with transaction(db):
+        for table, columns in _NEWER.items():
+            has = {row[1] for row in db.execute(f"PRAGMA table_info({table})")}
+            for name, kind in columns.items():
+                if name not in has:
+                    db.execute(f"ALTER TABLE {table} ADD COLUMN {name} {kind}")
 
 
 @contextmanager

@@ -9,6 +9,7 @@ const RETRY_MS = [1000, 2000, 5000, 10000];
 
 let page = null; // {update, close} of what is shown
 let showing = 0; // counts, so that a module that comes late does not replace a newer page
+let missing = false; // what it is made of could not be loaded
 let last = null; // the last snapshot
 let source = null;
 let lost = 0;
@@ -21,6 +22,7 @@ function link(text, tone) {
 
 function leave() {
   showing += 1;
+  missing = false;
   try { page?.close?.(); } finally { page = null; }
 }
 
@@ -40,16 +42,24 @@ async function route() {
   leave();
   const mine = showing;
   const main = byId("main");
+  let module;
   try {
-    const module = await import(`/dashboard/${name === "agents" && id ? "agent" : PAGES[name]}.js`);
+    module = await import(`/dashboard/${name === "agents" && id ? "agent" : PAGES[name]}.js`);
+  } catch {
     if (mine !== showing) return;
+    missing = true;
+    main.replaceChildren(make("h1", "Waiting for the router"), make("p", "It does not answer; this page comes when it does."));
+    return;
+  }
+  if (mine !== showing) return;
+  try {
     main.replaceChildren();
     document.title = `${module.title} · XIM router`;
     notice("");
     page = module.show(main, id ? decodeURIComponent(id) : undefined);
     update();
   } catch (error) {
-    if (mine !== showing) return;
+    console.error(error);
     main.replaceChildren(make("h1", "This page cannot be shown"), make("p", String(error.message || error)));
   }
 }
@@ -73,7 +83,8 @@ function connect() {
     last = JSON.parse(event.data);
     session.offset = last.time - Date.now() / 1000;
     link("live", "good");
-    update();
+    if (missing) route();
+    else update();
   };
   mine.onerror = retry;
 }

@@ -39,12 +39,12 @@ class Feed:
         cursor = db.execute("SELECT * FROM agents WHERE state != 'removed' ORDER BY name, agent_id")
         names = [column[0] for column in cursor.description]
         rows = [dict(zip(names, row, strict=True)) for row in cursor]
-        agents = self._dispatch.agents
+        agents, assigned = self._dispatch.agents, catalog.assignments(db)
         views = [
             agent_view(
                 row,
                 agents.get(row["agent_id"]),
-                catalog.assignment(db, row["agent_id"]),
+                assigned.get(row["agent_id"], assigned.get(catalog.ALL)),
                 now=now,
                 wall=wall,
                 limits=self._dispatch.limits,
