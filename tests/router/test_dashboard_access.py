@@ -143,6 +143,15 @@ async def test_sign_out(house: House) -> None:
         assert code(await http.get("/dashboard/agents.json")) == (401, "signed_out"), "and so does the router"
 
 
+async def test_signing_in_again_replaces_the_session(house: House) -> None:
+    async with house.browser() as http, house.browser() as another:
+        for role in ("read-only", "admin"):
+            await sign_in(another, house.link())
+            await sign_in(http, house.link(role=role))
+            assert (await http.get("/dashboard/api/session")).json()["role"] == role
+        assert house.store.db.execute("SELECT count(*) FROM dashboard_sessions").fetchone() == (2,)
+
+
 async def test_what_the_database_keeps_opens_nothing(house: House) -> None:
     token = house.link()
     async with house.browser() as http:

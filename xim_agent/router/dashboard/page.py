@@ -30,7 +30,7 @@ log = logging.getLogger("xim_agent.router.dashboard")
 
 _POLICY = (
     b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none';"
-    b" form-action 'none'; frame-ancestors 'none'"
+    b" form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
 )
 _HEADERS = [
     (b"content-security-policy", _POLICY),
@@ -128,6 +128,7 @@ class Dashboard:
         insecure = not (_secure(request) or self._here(request, address))
         try:
             secret, viewer = sessions.redeem(self._store.db, str(token), self._clock.now(), insecure=insecure)
+            sessions.end(self._store.db, sessions.hashed(self._secret(request)))  # the one that this browser had
         except ApiError as error:
             if error.code == "link_unknown":
                 self._guesses.wrong(address, now)

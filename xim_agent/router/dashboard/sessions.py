@@ -34,7 +34,7 @@ def make_link(db: sqlite3.Connection, now: float, role: Role = "admin", *, at_st
         db.execute("DELETE FROM dashboard_sessions WHERE created <= ? OR seen <= ?", (now - LIFE, now - IDLE))
         db.execute(
             "INSERT INTO dashboard_links(hash, role, expires, at_start) VALUES(?, ?, ?, ?)",
-            (digest(token.encode()), role, now + LINK_LIFE, at_start),
+            (hashed(token), role, now + LINK_LIFE, at_start),
         )
     return token
 
@@ -46,17 +46,17 @@ def link(url: str, token: str) -> str:
 
 def redeem(db: sqlite3.Connection, token: str, now: float, *, insecure: bool) -> tuple[str, Viewer]:
     """The secret of a new session. `insecure`: it came over plain http from elsewhere. Raises ApiError 403."""
-    secret, hashed = secrets.token_urlsafe(32), digest(token.encode())
+    secret, key = secrets.token_urlsafe(32), hashed(token)
     with transaction(db):
-        link = row(db, "SELECT role, expires, used FROM dashboard_links WHERE hash=?", (hashed,))
+        link = row(db, "SELECT role, expires, used FROM dashboard_links WHERE hash=?", (key,))
         if link is None:
             raise ApiError(403, "link_unknown", f"this router does not know the link{_AGAIN}")
         if link["used"] is not None:
             raise ApiError(403, "link_used", f"the link was used already{_AGAIN}")
         if now >= link["expires"]:
             raise ApiError(403, "link_expired", f"the link has expired{_AGAIN}")
-        db.execute("UPDATE dashboard_links SET used=? WHERE hash=?", (now, hashed))
-        viewer = Viewer(digest(secret.encode()), link["role"])
+        db.execute("UPDATE dashboard_links SET used=? WHERE hash=?", (now, key))
+        viewer = Viewer(hashed(secret), link["role"])
         db.execute(
             "INSERT INTO dashboard_sessions(hash, role, created, seen, insecure) VALUES(?, ?, ?, ?, ?)",
             (viewer.session, viewer.role, now, now, insecure),
@@ -66,7 +66,7 @@ def redeem(db: sqlite3.Connection, token: str, now: float, *, insecure: bool) ->
 
 def find(db: sqlite3.Connection, secret: str, now: float) -> Viewer | None:
     """Who has this session, if it has not ended; counts as its use. Looked up by its hash, see join_keys.find."""
-    session = live(db, digest(secret.encode()), now)
+    session = live(db, hashed(secret), now)
     if session is None:
         return None
     if now - session["seen"] >= SEEN_EVERY:
@@ -76,14 +76,19 @@ def find(db: sqlite3.Connection, secret: str, now: float) -> Viewer | None:
     return Viewer(session["hash"], session["role"])
 
 
-def live(db: sqlite3.Connection, hashed: bytes, now: float) -> dict[str, Any] | None:
+def live(db: sqlite3.Connection, session: bytes, now: float) -> dict[str, Any] | None:
     """The session's row, if it has not ended."""
     query = "SELECT * FROM dashboard_sessions WHERE hash=? AND seen > ? AND created > ?"
-    return row(db, query, (hashed, now - IDLE, now - LIFE))
+    return row(db, query, (session, now - IDLE, now - LIFE))
 
 
-def end(db: sqlite3.Connection, hashed: bytes) -> None:
-    db.execute("DELETE FROM dashboard_sessions WHERE hash=?", (hashed,))
+def end(db: sqlite3.Connection, session: bytes) -> None:
+    db.execute("DELETE FROM dashboard_sessions WHERE hash=?", (session,))
+
+
+def hashed(secret: str) -> bytes:
+    """What is kept of a link or a session."""
+    return digest(secret.encode())
 
 
 def revoke(db: sqlite3.Connection) -> int:
