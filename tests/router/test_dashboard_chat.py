@@ -77,20 +77,22 @@ async def test_closing_the_request_ends_the_lease(
     bench: Bench, agent: FakeAgent, http: httpx.AsyncClient, when: str
 ) -> None:
     talk = Talk(http)
+    queued = bench.router.dispatch.statistics
     async with trio.open_nursery() as nursery:
         nursery.start_soon(talk.run)
         if when == "waiting for a slot":
-            await until(lambda: bench.router.dispatch.statistics().queued)
-            talk.scope.cancel()
-            await until(lambda: not bench.router.dispatch.statistics().queued)
-            assert (await agent.poll(wait_ms=0))["leases"] == []
-            return
-        lease = await agent.take()
+            await until(lambda: queued().queued)
+        else:
+            lease = await agent.take()
         if when == "streaming":
             await agent.events(lease["id"], [head(0), [1, "data", b"data: one\n\n"]])
             await until(lambda: talk.text)
         talk.scope.cancel()
-        assert await agent.until("cancel") == [lease["id"]]
+        if when == "waiting for a slot":
+            await until(lambda: not queued().queued)
+            assert (await agent.poll(wait_ms=0))["leases"] == []
+        else:
+            assert await agent.until("cancel") == [lease["id"]]
 
 
 async def test_what_the_engine_and_the_router_say_comes_through(

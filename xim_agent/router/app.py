@@ -21,6 +21,7 @@ from xim_agent.mesh.content import ContentError, unpack
 from xim_agent.mesh.messages import MAX_BODY, MAX_EVENTS, SERVED_PATHS
 from xim_agent.router import blobs
 from xim_agent.router.agents import MAX_IDENTITY, AgentApi
+from xim_agent.router.dashboard.actions import Agents
 from xim_agent.router.dashboard.chat import Chat
 from xim_agent.router.dashboard.join import JoinKeys
 from xim_agent.router.dashboard.keys import ApiKeys
@@ -139,6 +140,7 @@ class Router:
         self.agents = AgentApi(store, self.dispatch, clock)
         self.clients = ClientApi(store, self.dispatch, clock)
         self.dashboard = Dashboard(store, self.dispatch, clock)
+        self.dashboard.add(Agents(store, self.dispatch, clock, self.agents.reload))
         self.dashboard.add(JoinKeys(store, clock))
         self.dashboard.add(Models(store, self.dispatch, self.agents.reload))
         self.dashboard.add(ApiKeys(store, clock))
@@ -221,6 +223,7 @@ class Router:
             while True:
                 now = trio.current_time()
                 self.dispatch.tick(now)
+                self.dispatch.board.diary.silent(self.dispatch.agents, now, self.dispatch.limits)
                 try:
                     if (found := self.store.data_version()) != version:
                         self.agents.reload()
