@@ -46,6 +46,7 @@ class Notifier:
         self._watchdog = watchdog
         self._said, self._unsent = trio.open_memory_channel[str](math.inf)
         self._ready = self._stopping = False
+        self._news = trio.Event()
 
     def say(self, *assignments: str) -> None:
         self._said.send_nowait("\n".join(assignments))
@@ -71,11 +72,12 @@ class Notifier:
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Says READY when `enrolled` returns. Raises what it raises."""
+        """Says READY, and how the agent is then, when `enrolled` returns. Raises what it raises."""
         task_status.started()
         await enrolled()
         self._ready = True
         self.say("READY=1")
+        self._news.set()
 
     def reload(self, reread: Callable[[], None]) -> None:
         """Calls `reread`, and tells of it; before READY and after STOPPING a reload is nothing to systemd."""
@@ -106,9 +108,9 @@ class Notifier:
         """Until cancelled: feeds the watchdog while the poll loop turns, and tells a status that has changed."""
         task_status.started()
         every = min(STATUS_SECONDS, (self._watchdog or math.inf) / 3)
-        life, told = Life(), ""
+        life, told, passed = Life(), "", every
         while True:
-            alive = life.alive(beats(), excused(), every)
+            alive = life.alive(beats(), excused(), passed)
             text = printable(status())[:STATUS_LENGTH]
             if not alive:
                 text = f"no poll has ended for {POLL_SECONDS:.0f} s: the watchdog is not fed"
@@ -119,7 +121,10 @@ class Notifier:
                     log.error(text)
                 told = text
                 self.say(f"STATUS={text}")
-            await trio.sleep(every)
+            passed = every
+            with trio.move_on_after(every):
+                await self._news.wait()
+                self._news, passed = trio.Event(), 0.0
 
 
 def take(environ: MutableMapping[str, str]) -> Notifier | None:

@@ -507,3 +507,9 @@ def test_a_directory_of_another_user_is_named_with_its_cure() -> None:
     with pytest.raises(AgentError) as caught, named("cache_directory", Path("/a b")):
         raise PermissionError(errno.EACCES, "Permission denied", "blobs")
     assert caught.value.hint == f"`chown -R {os.geteuid()} '/a b' && chmod -R u+rwX '/a b'`"
+
+
+def test_a_directory_that_is_read_only_for_this_process_is_named_with_its_cure() -> None:
+    with pytest.raises(AgentError) as caught, named("cache_directory", Path("/a b")):
+        raise OSError(errno.EROFS, "Read-only file system", "lock")
+    assert "ReadWritePaths='/a b'" in caught.value.hint

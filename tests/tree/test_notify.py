@@ -214,6 +214,21 @@ async def test_a_poll_that_never_ends_is_not_fed(
     assert loop.told[-1] == "STATUS=ready"
 
 
+async def test_how_it_is_when_it_gets_ready_is_told_at_once(
+    loop: Loop, nursery: trio.Nursery, error_logs: list[Any], autojump_clock: trio.testing.MockClock
+) -> None:
+    loop.status = "not enrolled"
+    await nursery.start(loop.watch)
+    await trio.sleep(1)
+    loop.status = "starting"
+    await nursery.start(loop.notifier.ready, nothing)
+    await trio.testing.wait_all_tasks_blocked()
+    assert loop.told == ["STATUS=not enrolled", "READY=1", "STATUS=starting"]
+    await trio.sleep(298)
+    assert len(loop.fed) == notify.POLL_SECONDS / notify.STATUS_SECONDS + 1, "an early look is no time that has passed"
+    assert len(error_logs) == 1
+
+
 async def test_fed_for_hours_when_there_is_nothing_to_poll_for(
     loop: Loop, nursery: trio.Nursery, autojump_clock: trio.testing.MockClock
 ) -> None:

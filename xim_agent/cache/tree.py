@@ -24,9 +24,11 @@ _LINKS = (errno.ELOOP, errno.ENOTDIR)
 def cure(error: BaseException, directory: Path) -> str:
     """The command that helps, where one does: a hint. `directory`: of the cache."""
     place = shlex.quote(str(directory))
-    return (
-        f"`chown -R {os.geteuid()} {place} && chmod -R u+rwX {place}`" if isinstance(error, PermissionError) else CURE
-    )
+    if isinstance(error, PermissionError):
+        return f"`chown -R {os.geteuid()} {place} && chmod -R u+rwX {place}`"
+    if isinstance(error, OSError) and error.errno == errno.EROFS:
+        return f"make it writable: a unit of systemd with ReadWritePaths={place}, a container with a volume there"
+    return CURE
 
 
 class Foreign(AgentError):
