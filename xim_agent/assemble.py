@@ -187,6 +187,7 @@ def _wire(
         generation_seen=lambda generation: assignment.generation_seen(generation),
         model=lambda: assignment.model_state(),
         progress=lambda: assignment.progress or engine.progress,
+        versions=lambda: {"agent": __version__} | ({"vllm": cache.vllm} if cache.vllm else {}),
     )
     assignment = AssignmentService(
         identity=identity.assignments,

@@ -14,7 +14,6 @@ class Health:
 
     now: Callable[[], float]
     on_change: Callable[[], None] = lambda: None
-    hints: dict[str, str] = field(default_factory=dict)
     _conditions: dict[str, Condition] = field(default_factory=dict)
 
     def set(self, code: str, text: str, hint: str = "") -> None:
@@ -23,23 +22,24 @@ class Health:
         old = self._conditions.get(code)
         if old is not None and old.text == text:
             return
-        self._conditions[code] = Condition(code=code, text=text, since=old.since if old else self.now())
-        self.hints[code] = hint
+        self._conditions[code] = Condition(code, text, old.since if old else self.now(), hint)
         self.on_change()
 
     def clear(self, code: str) -> None:
         if self._conditions.pop(code, None) is not None:
-            self.hints.pop(code, None)
             self.on_change()
 
     def conditions(self) -> list[Condition]:
         return sorted(self._conditions.values(), key=lambda c: (c.since, c.code))
 
+    @property
+    def hints(self) -> dict[str, str]:
+        """What cures each condition, by its code; empty where nothing is known."""
+        return {code: condition.hint for code, condition in self._conditions.items()}
+
     def report(self) -> list[dict[str, Any]]:
-        """For people at this machine: with what cures it, which the wire has no place for."""
-        return [
-            {"code": c.code, "text": c.text, "hint": self.hints[c.code], "since": c.since} for c in self.conditions()
-        ]
+        """For people at this machine."""
+        return [{"code": c.code, "text": c.text, "hint": c.hint, "since": c.since} for c in self.conditions()]
 
     def sentences(self) -> list[str]:
         return [f"{row['code']}: {row['text']}" + (f"; {row['hint']}" if row["hint"] else "") for row in self.report()]

@@ -39,7 +39,7 @@ c = http.client.HTTPConnection("127.0.0.1", 8080, timeout=60)
 h = {"content-type": "application/json", "origin": "http://127.0.0.1:8080"}
 c.request("POST", "/dashboard/api/login", json.dumps({"token": sys.argv[1]}), h)
 r = c.getresponse()
-assert r.status == 204, r.read()
+assert (r.status, r.read()) == (204, b"")
 c.request("GET", "/dashboard/agents.json", headers={"cookie": r.headers["set-cookie"].partition(";")[0]})
 print(c.getresponse().read().decode())
 """

@@ -23,7 +23,7 @@ async def test_life_of_an_agent(bench: Bench, nursery: trio.Nursery) -> None:
     assert (row["last_seen"], row["model"]) == (None, MODEL)
 
     progress = {"stage": "fetch", "done": 30, "total": 100, "rate": 10.0, "text": ""}
-    health = [{"code": "disk", "text": "full", "since": 1.0}]
+    health = [{"code": "disk", "text": "full", "since": 1.0, "hint": "free some"}]
     await agent.poll(phase="starting", capacity=0, model=None, progress=progress, health=health)
     row = (await shown(bench))["agents"][0]
     assert (row["status"], row["phase"], row["progress"], row["health"]) == ("online", "starting", progress, health)

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -58,7 +59,7 @@ async def test_requests_agents_and_the_queue(tmp_path: Path) -> None:
         agent, other, silent = await bench.agent(), await bench.agent(), await bench.agent()
         await agent.poll(wait_ms=0, load={"running": 1, "tokens_per_s": 12.5})
         await other.poll(wait_ms=0, phase="draining", capacity=0, load={"running": 1, "tokens_per_s": 2})
-        roster.suspend(bench.store.db, silent.id)
+        roster.suspend(bench.store.db, silent.id, time.time())
         before = samples(collector)
         assert {s: before[f"xim_router_agents|{s}"] for s in STATES} == {
             "pending": 0, "online": 1, "draining": 1, "suspended": 1, "disconnected": 0, "dead": 0

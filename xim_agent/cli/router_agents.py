@@ -24,7 +24,7 @@ def command() -> None:
 @JSON
 @DATA
 def ls(removed: bool, as_json: bool, data: Path) -> None:
-    """All agents: pending (never polled), active, suspended, disconnected (75 s silent), dead (10 min)."""
+    """All agents: pending (never polled), active, draining, suspended, disconnected (75 s silent), dead (10 min)."""
     from xim_agent.router import roster
     from xim_agent.router.jobs import Limits
 
@@ -56,7 +56,7 @@ def suspend(agent: str, data: Path) -> None:
     """Give it no work until `resume`. Requests that it has it finishes, and its credential stays fresh."""
     from xim_agent.router import roster
 
-    _act(data, agent, "is suspended", roster.suspend)
+    _act(data, agent, "is suspended", partial(roster.suspend, now=time.time()))
 
 
 @command.command()
@@ -66,7 +66,27 @@ def resume(agent: str, data: Path) -> None:
     """Give it work again; it notices within 30 s."""
     from xim_agent.router import roster
 
-    _act(data, agent, "may take work again", roster.resume)
+    _act(data, agent, "may take work again", partial(roster.resume, now=time.time()))
+
+
+@command.command()
+@_AGENT
+@DATA
+def drain(agent: str, data: Path) -> None:
+    """Have it finish what it has and take nothing new until `undrain`. Its engine stays up."""
+    from xim_agent.router import roster
+
+    _act(data, agent, "drains", partial(roster.drain, now=time.time()))
+
+
+@command.command()
+@_AGENT
+@DATA
+def undrain(agent: str, data: Path) -> None:
+    """End what `drain` began."""
+    from xim_agent.router import roster
+
+    _act(data, agent, "does not drain any more", partial(roster.undrain, now=time.time()))
 
 
 @command.command()

@@ -81,12 +81,17 @@ class Progress(Struct, frozen=True):
 
 
 class Condition(Struct, frozen=True):
+    """`hint`: what to do about it; empty when nothing is known."""
+
     code: str
     text: str
     since: float
+    hint: str = ""
 
 
 class PollRequest(Struct, frozen=True):
+    """`versions`: of what runs there now, by its name: `agent`, `vllm` as soon as it is known."""
+
     boot: str
     n: int
     phase: Phase
@@ -98,6 +103,7 @@ class PollRequest(Struct, frozen=True):
     load: Load
     progress: Progress | None
     health: list[Condition]
+    versions: dict[str, str] = {}
 
 
 class Lease(Struct, frozen=True):

@@ -76,6 +76,7 @@ class AgentApi:
                 self._guesses.wrong(remote, trio.current_time())
                 log.warning("an unknown join key was presented", extra={"from": remote})
             raise
+        self._dispatch.board.diary.note(reply["agent_id"], trio.current_time(), "enrolled", f"from {remote}")
         log.info("agent enrolled", extra={"agent_id": reply["agent_id"], "project": reply["project"], "from": remote})
         return replies.packed(request, json.dumps(reply).encode(), "application/json", 201)
 
@@ -85,7 +86,7 @@ class AgentApi:
         return replies.packed(request, json.dumps(reply).encode(), "application/json")
 
     async def leave(self, request: Request, who: Claims) -> Response:
-        roster.remove(self._store.db, who.agent_id, self._clock.now())
+        roster.remove(self._store.db, who.agent_id, self._clock.now(), who="")
         self._dispatch.remove(who.agent_id, trio.current_time())
         log.info("agent left", extra={"agent_id": who.agent_id})
         return Response(status_code=204)
@@ -179,8 +180,13 @@ class AgentApi:
                 self._dispatch.assign(agent.id, duty, self._serves(agent.model), now)
 
     def save_seen(self) -> None:
-        """Writes when each agent was last heard; what was not written is kept. Raises sqlite3.Error."""
-        self._store.save_seen(self._seen)
+        """Writes when each agent was last heard and what changed with it; what was not written is kept.
+
+        Raises sqlite3.Error.
+        """
+        diary, start = self._dispatch.board.diary, self._clock.now() - trio.current_time()
+        self._store.save_seen(self._seen, [(who, start + e.at, e.kind, e.text, "") for who, e in diary.unwritten()])
+        diary.written()
         self._known |= self._seen.keys()
         self._seen = {}
 
@@ -195,9 +201,10 @@ class AgentApi:
     def _duty_of(self, agent_id: str, project: str) -> Duty:
         suspended = enrollment.standing(self._store.db, agent_id) == "suspended"
         assigned = catalog.assignment(self._store.db, agent_id)
+        drain = roster.drains(self._store.db, agent_id)
         if assigned is None:
-            return Duty(project, suspended=suspended)
-        return Duty(project, assigned.generation, assigned.model.name, suspended)
+            return Duty(project, suspended=suspended, drain=drain)
+        return Duty(project, assigned.generation, assigned.model.name, suspended, drain)
 
     def _serves(self, model: ModelState | None) -> str | None:
         return catalog.model_name(self._store.db, model.id, model.revision) if model else None

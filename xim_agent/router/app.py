@@ -21,6 +21,7 @@ from xim_agent.mesh.content import ContentError, unpack
 from xim_agent.mesh.messages import MAX_BODY, MAX_EVENTS, SERVED_PATHS
 from xim_agent.router import blobs
 from xim_agent.router.agents import MAX_IDENTITY, AgentApi
+from xim_agent.router.dashboard.actions import Agents
 from xim_agent.router.dashboard.page import Dashboard, Secured
 from xim_agent.router.dashboard.parts import MAX_WRITE, Part
 from xim_agent.router.dispatch import Dispatch
@@ -135,6 +136,7 @@ class Router:
         self.agents = AgentApi(store, self.dispatch, clock)
         self.clients = ClientApi(store, self.dispatch)
         self.dashboard = Dashboard(store, self.dispatch, clock)
+        self.dashboard.add(Agents(store, self.dispatch, clock, self.agents.reload))
         self.state = SimpleNamespace(data_dir=store.directory)  # where `blobs` looks, as `request.app.state`
         self._route()
 
@@ -213,6 +215,7 @@ class Router:
             while True:
                 now = trio.current_time()
                 self.dispatch.tick(now)
+                self.dispatch.board.diary.silent(self.dispatch.agents, now, self.dispatch.limits)
                 try:
                     if (found := self.store.data_version()) != version:
                         self.agents.reload()

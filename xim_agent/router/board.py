@@ -4,6 +4,7 @@ import math
 from collections import Counter
 
 from xim_agent.mesh.trace import trace_id
+from xim_agent.router.diary import Diary
 from xim_agent.router.fleet import Agent, Poll
 from xim_agent.router.jobs import Grant, Job, Limits, Outcome, failure
 from xim_agent.router.queues import Key, Queues
@@ -30,6 +31,7 @@ class Board:
         self.queues = Queues()
         self.counts: Counter[str] = Counter()
         self.times = Times()
+        self.diary = Diary()
 
     def hope(self, key: Key, expected: bool, now: float) -> bool:
         """Whether an agent may serve it, now or soon."""

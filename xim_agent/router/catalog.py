@@ -111,11 +111,12 @@ def assignment(db: sqlite3.Connection, agent_id: str) -> Assigned | None:
 
 
 def expects(db: sqlite3.Connection, project: str, model: str) -> bool:
-    """Whether an enrolled agent of the project has this model assigned."""
+    """Whether an enrolled agent of the project, that is not to drain, has this model assigned."""
     query = (
         "SELECT 1 FROM agents g JOIN assignments a ON a.agent_id ="
         " coalesce((SELECT agent_id FROM assignments WHERE agent_id = g.agent_id), ?)"
-        " WHERE g.project = ? AND g.state = 'enrolled' AND a.name = ? LIMIT 1"
+        " WHERE g.project = ? AND g.state = 'enrolled' AND a.name = ?"
+        " AND g.agent_id NOT IN (SELECT agent_id FROM drained) LIMIT 1"
     )
     return db.execute(query, (ALL, project, model)).fetchone() is not None
 

@@ -127,7 +127,8 @@ class Dispatch:
         if agent.poll is not None:
             self.abandon(agent.poll, now)
         agent.heard = now
-        agent.describe(request, serves)
+        agent.describe(request, serves, now)
+        self.board.diary.polled(agent, now)
         poll = Poll(agent, request.n, now, agent.room, frozenset(request.held), wake)
         self._reconcile(agent, poll, now)
         if duty.suspended:
@@ -145,7 +146,7 @@ class Dispatch:
     def answer(self, poll: Poll, now: float) -> PollReply | None:
         """The reply when there is one to give; None to keep holding. A poll that was replaced gets an empty one."""
         agent, repeat = poll.agent, self.limits.repeat
-        told = (agent.duty.generation, agent.drain)
+        told = (agent.duty.generation, agent.duty.drain)
         if poll.closed:
             return PollReply(generation=told[0], drain=told[1])
         grants = agent.grants.values()
@@ -207,6 +208,7 @@ class Dispatch:
             if agent.poll is not None:
                 self.abandon(agent.poll, now)
             self._end_boot(agent, now)
+        self.board.diary.left(agent_id)
 
     def held_job(self, agent_id: str, request: str) -> Job | None:
         """The job with this request id, if the agent holds its lease (for the body fetched apart)."""

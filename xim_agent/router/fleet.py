@@ -8,6 +8,7 @@ from xim_agent.mesh.messages import Condition, Load, ModelState, Phase, PollRequ
 from xim_agent.router.boots import Boots
 from xim_agent.router.jobs import Grant, Limits
 from xim_agent.router.lifecycle import lifecycle
+from xim_agent.router.series import Series
 
 KEEP_FINISHED = 4096  # ended leases whose resent endings are still acknowledged
 MAX_LEASES = 65536
@@ -40,6 +41,7 @@ class Duty:
     generation: int = 0
     assigned: str | None = None
     suspended: bool = False
+    drain: bool = False
 
 
 @dataclass(eq=False)
@@ -57,8 +59,8 @@ class Agent:
     progress: Progress | None = None
     health: list[Condition] = field(default_factory=list)
     model: ModelState | None = None
+    versions: dict[str, str] = field(default_factory=dict)
     serves: str | None = None
-    drain: bool = False
     heard: float = 0.0
     told: tuple[int, bool] | None = None
     poll: Poll | None = None
@@ -66,6 +68,7 @@ class Agent:
     finished: OrderedDict[int, int] = field(default_factory=OrderedDict)
     foreign_told: float = float("-inf")
     next_lease: int = 1
+    series: Series = field(default_factory=Series)
 
     @property
     def boot(self) -> str | None:
@@ -74,7 +77,7 @@ class Agent:
     @property
     def key(self) -> tuple[str, str] | None:
         """What it takes work for now; None while it takes none."""
-        if self.serves is None or self.phase != "ready" or self.duty.suspended or self.drain:
+        if self.serves is None or self.phase != "ready" or self.duty.suspended or self.duty.drain:
             return None
         return self.duty.project, self.serves
 
@@ -92,14 +95,14 @@ class Agent:
         seen = lifecycle(state, self.silent(now), limits.disconnected, limits.dead)
         if seen != "active":
             return seen
-        return "draining" if self.phase == "draining" or self.drain else "online"
+        return "draining" if self.phase == "draining" or self.duty.drain else "online"
 
     def may_serve(self, key: tuple[str, str], now: float, limits: Limits) -> bool:
         """Whether a request for `key` has hope here, soon if not now."""
         fits = self.duty.project == key[0] and key[1] in (self.serves, self.duty.assigned)
         return fits and self.status(now, limits) == "online"
 
-    def describe(self, request: PollRequest, serves: str | None) -> None:
+    def describe(self, request: PollRequest, serves: str | None, now: float) -> None:
         """What a poll says, within bounds: all of it is shown to people or counted with."""
         self.n = request.n
         self.phase = request.phase
@@ -108,8 +111,10 @@ class Agent:
         self.progress = request.progress
         self.health = request.health[:32]
         self.model = request.model
+        self.versions = {name: request.versions[name] for name in ("agent", "vllm") if name in request.versions}
         self.serves = serves
         self.room = max(0, min(request.capacity, MAX_LEASES)) if self.key is not None else 0
+        self.series.polled(request.load, len(self.grants), now)
 
     def begin_boot(self, n: int, wall: float) -> None:
         """Lease ids are unique within a boot: one that polled another router process before may know small ones."""

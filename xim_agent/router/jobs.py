@@ -139,7 +139,7 @@ class Grant:
     """A job in the hands of an agent: the router's end of a lease. Frames are put in order and applied to the job.
 
     `offered`: n of the poll whose reply carries it. `confirmed`: the agent has shown that it holds it. `told`: the
-    credit total the agent was told last; the telling may have got lost.
+    credit total the agent was told last; the telling may have got lost. `data_at`: when data of a stream came last.
     """
 
     id: int
@@ -157,6 +157,7 @@ class Grant:
     received: int = 0
     chunks: int = 0
     taken: int = 0
+    data_at: float | None = None
     next_seq: int = 0
     waiting: dict[int, Payload] = field(default_factory=dict)
 

@@ -59,6 +59,7 @@ def lost(board: Board, agent: Agent, grant: Grant, why: str, now: float, retry: 
     """Ends a lease from this side; whatever comes for it later is `unknown`."""
     board.drop(agent, grant)
     job = grant.job
+    agent.series.ended("engine_lost" if job.live else "", now)
     if job.live:
         outcome = failure("engine_lost", why)
         if retry:
@@ -72,7 +73,7 @@ def _frame(board: Board, agent: Agent, grant: Grant, seq: int, payload: Payload 
         raise BadFrame("a frame that cannot be read")
     for ready in grant.receive(seq, payload):
         if isinstance(ready, bytes):
-            _data(board, grant, ready, now)
+            _data(board, agent, grant, ready, now)
         elif isinstance(ready, Head):
             if grant.headed or not 200 <= ready.status <= 599:
                 raise BadFrame(f"a second head, or status {ready.status}")
@@ -81,15 +82,17 @@ def _frame(board: Board, agent: Agent, grant: Grant, seq: int, payload: Payload 
         else:
             agent.finish(grant)
             board.offer(agent)
-            _ending(board, grant, ready, now)
+            _ending(board, agent, grant, ready, now)
             return
 
 
-def _data(board: Board, grant: Grant, data: bytes, now: float) -> None:
+def _data(board: Board, agent: Agent, grant: Grant, data: bytes, now: float) -> None:
     if not grant.headed:
         raise BadFrame("data before the head")
     grant.add_data(data)
     job = grant.job
+    if not job.buffered:
+        _timed(agent, grant, now)
     if not job.live:
         grant.taken = grant.received
         return
@@ -104,9 +107,19 @@ def _data(board: Board, grant: Grant, data: bytes, now: float) -> None:
         board.cancel(grant, now)
 
 
-def _ending(board: Board, grant: Grant, ending: End | Error, now: float) -> None:
+def _timed(agent: Agent, grant: Grant, now: float) -> None:
+    """Frames of one call arrive together, for the client too: only the first of them came after a time."""
+    if grant.data_at is None:
+        agent.series.data(now - (grant.job.granted_at or now), now, first=True)
+    elif now > grant.data_at:
+        agent.series.data(now - grant.data_at, now, first=False)
+    grant.data_at = now
+
+
+def _ending(board: Board, agent: Agent, grant: Grant, ending: End | Error, now: float) -> None:
     job = grant.job
     if not job.live:
+        agent.series.ended("", now)  # nobody waited any more: it was asked to stop, and no failure of the agent's
         return
     if isinstance(ending, End):
         outcome = grant.checked(ending)
@@ -114,6 +127,7 @@ def _ending(board: Board, grant: Grant, ending: End | Error, now: float) -> None
     else:
         outcome = failure(ending.code, ending.message[:1000])
         again = ending.retryable or ending.code in RETRYABLE
+    agent.series.ended(outcome.code, now)
     if outcome is COMPLETE:
         board.finish(job, "completed", outcome)
     elif again:

@@ -11,7 +11,7 @@ from typing import Self
 
 from xim_agent import files
 from xim_agent.errors import AgentError, Exit, leaves
-from xim_agent.router import join_keys, keyring
+from xim_agent.router import chronicle, join_keys, keyring
 from xim_agent.router.sql import transaction
 from xim_agent.router.tokens import RouterKeys
 
@@ -42,6 +42,11 @@ CREATE TABLE IF NOT EXISTS assignments(
   agent_id TEXT PRIMARY KEY, name TEXT NOT NULL, revision TEXT NOT NULL, serving TEXT NOT NULL,
   generation INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS api_keys(hash BLOB PRIMARY KEY, project TEXT NOT NULL, created REAL NOT NULL, revoked REAL);
+CREATE TABLE IF NOT EXISTS drained(agent_id TEXT PRIMARY KEY REFERENCES agents(agent_id), since REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS agent_events(
+  id INTEGER PRIMARY KEY, agent_id TEXT NOT NULL, at REAL NOT NULL, kind TEXT NOT NULL, text TEXT NOT NULL,
+  who TEXT NOT NULL);
+CREATE INDEX IF NOT EXISTS agent_events_of ON agent_events(agent_id, id);
 CREATE TABLE IF NOT EXISTS dashboard_links(
   hash BLOB PRIMARY KEY, role TEXT NOT NULL, expires REAL NOT NULL, used REAL, at_start INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS dashboard_sessions(
@@ -104,14 +109,19 @@ class Store:
     def set_setting(self, key: str, value: str) -> None:
         self.db.execute("INSERT OR REPLACE INTO settings(key, value) VALUES(?, ?)", (key, value))
 
-    def save_seen(self, seen: Mapping[str, float]) -> None:
-        """When agents were last heard, in one transaction that is not forced to disk: nothing depends on it."""
-        if seen:
+    def save_seen(
+        self, seen: Mapping[str, float], happened: Sequence[tuple[str, float, str, str, chronicle.Who]] = ()
+    ) -> None:
+        """When agents were last heard and what `chronicle.record` keeps, in one transaction that is not forced to disk:
+        nothing depends on it.
+        """
+        if seen or happened:
             self.db.execute("PRAGMA synchronous = NORMAL")
             try:
                 with transaction(self.db):
                     rows = [(when, agent_id) for agent_id, when in seen.items()]
                     self.db.executemany("UPDATE agents SET last_seen=? WHERE agent_id=?", rows)
+                    chronicle.record(self.db, happened)
             finally:
                 self.db.execute("PRAGMA synchronous = FULL")
 

@@ -63,6 +63,7 @@ class Poller:
         generation_seen: Callable[[int], None],
         model: Callable[[], ModelState | None],
         progress: Callable[[], Progress | None],
+        versions: Callable[[], dict[str, str]] = dict,
     ) -> None:
         self._router = router
         self._sender = sender
@@ -73,8 +74,7 @@ class Poller:
         self._started = clock.now()
         self._boot = boot
         self._generation_seen = generation_seen
-        self._model = model
-        self._progress = progress
+        self._model, self._progress, self._versions = model, progress, versions
         self._closed = self._suspended = False
         self._drained_by: set[str] = set()
         self._announced: Phase | None = None
@@ -211,6 +211,7 @@ class Poller:
             load=self._engine.load(),
             progress=view.progress,
             health=list(view.health),
+            versions=self._versions(),
         )
 
     def _apply(self, reply: PollReply, work: trio.Nursery, room: int, sent_at: float) -> None:
