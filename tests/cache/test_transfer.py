@@ -92,6 +92,19 @@ async def test_a_byte_every_29_s_is_slow_but_alive(autojump_clock: MockClock) ->
     assert w.counters.stalls == 0
 
 
+async def test_the_speed_of_a_blob_is_that_of_all_its_attempts(autojump_clock: MockClock) -> None:
+    parts = [reply(5.0, BLOB[:40], RouterError("connection_lost", "cut")), reply(5.0, BLOB[40:], start=40)]
+    w = World(Scripted(parts))
+    assert await w.get() == BLOB
+    waited = w.source.times[1] - 5.0
+    assert waited > 0
+    assert w.counters.speed.sum == pytest.approx(len(BLOB) / (10.0 + waited))
+    w = World(Scripted([reply(BLOB, b"and more")]))
+    with pytest.raises(WrongBlob):
+        await w.get()
+    assert sum(w.counters.speed.counts) == 0, "what is no blob has no speed"
+
+
 async def test_a_cut_at_99_percent_costs_one_percent(autojump_clock: MockClock) -> None:
     w = World(Scripted([reply(BLOB[:99], RouterError("connection_lost", "cut")), reply(BLOB[99:], start=99)]))
     assert await w.get() == BLOB

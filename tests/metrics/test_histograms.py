@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import trio
+from fakes.agent import until
 from fakes.data_path import DataPath, data_path
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,6 +16,7 @@ from xim_agent.mesh.trace import trace_id, traced
 from xim_agent.metrics.histogram import Histogram
 from xim_agent.metrics.names import METRICS
 from xim_agent.metrics.registry import Collector
+from xim_agent.router.jobs import Limits
 
 BOUNDS = {row.attr: row.buckets for row in METRICS if row.buckets}
 TRACE = trace_id(traced({}, "r1")["traceparent"])
@@ -106,6 +109,19 @@ async def test_an_answer_that_is_no_stream_has_no_first_token(autojump_clock: An
         assert buckets(path.agent.sender.times.first) == {}
         assert buckets(path.view.client.streams.gaps) == {}
         assert buckets(path.agent.sender.times.duration) == {2.5: 1}
+
+
+async def test_a_first_token_that_waits_for_credit_counts_when_it_leaves(autojump_clock: Any, tmp_path: Path) -> None:
+    async with data_path(tmp_path, limits=Limits(window=0)) as path:
+        path.engine.script = paused(0.1, 0.1)
+        with trio.move_on_after(15):
+            await path.ask(b"{}")
+        times = path.agent.sender.times
+        assert sum(times.first.counts) == 0, "no credit ever came"
+        [out] = path.agent.sender._running.values()
+        path.agent.sender.apply({out.id: 1000}, ())
+        await until(lambda: sum(times.first.counts))
+        assert buckets(times.first) == {20.0: 1}
 
 
 async def test_a_slow_client_is_no_slow_engine(autojump_clock: Any, tmp_path: Path) -> None:

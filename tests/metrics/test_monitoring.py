@@ -6,6 +6,7 @@ What needs Prometheus' own tools is in test_prometheus.py.
 import json
 import os
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
+from xim_agent.config.fields import Config
 from xim_agent.metrics.names import METRICS, ROUTER_METRICS
 
 README = Path(__file__).parents[2] / "README.md"
@@ -65,6 +67,10 @@ def test_an_alert_says_what_where_and_what_to_do(rule: dict[str, Any]) -> None:
     assert rule["labels"]["severity"] in ("info", "warning", "critical")
     assert told["runbook_url"] == f"README.md#{rule['alert'].lower()}"
     assert "$" not in told["summary"] + told["cause"] + told["cure"], "these stand in README"
+    named = set(re.findall(r"\b(?:xim_|vllm:)\w+", " ".join(told.values())))
+    assert named <= known().keys() | {name.removesuffix("_bucket") for name in known()}
+    options = {field.name.upper() for field in fields(Config)}
+    assert set(re.findall(r"\b[A-Z]+(?:_[A-Z]+)+\b", told["cure"])) <= options
 
 
 def table() -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from fakes.metrics_port import Told, serving
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_open
 from prometheus_client.parser import text_string_to_metric_families as parse_classic
@@ -62,6 +62,7 @@ def test_what_is_not_known_is_not_guessed_at(text: str) -> None:
         converted(text)
 
 
+@settings(max_examples=40)
 @given(st.text(max_size=60))
 def test_nothing_else_is_ever_raised(text: str) -> None:
     try:

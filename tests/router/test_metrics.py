@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -15,7 +16,9 @@ import trio
 from fakes.agent import MODEL, answer, error, running, until
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse
 
+from xim_agent.cli.router import _metrics
 from xim_agent.clock import SystemClock
+from xim_agent.errors import AgentError, Exit
 from xim_agent.metrics.histogram import Histogram
 from xim_agent.metrics.names import ROUTER_METRICS, Metric
 from xim_agent.metrics.registry import Collector
@@ -58,7 +61,7 @@ async def test_requests_agents_and_the_queue(tmp_path: Path) -> None:
         agent, other, silent = await bench.agent(), await bench.agent(), await bench.agent()
         await agent.poll(wait_ms=0, load={"running": 1, "tokens_per_s": 12.5})
         await other.poll(wait_ms=0, phase="draining", capacity=0, load={"running": 1, "tokens_per_s": 2})
-        roster.suspend(bench.store.db, silent.id)
+        roster.suspend(bench.store.db, silent.id, time.time())
         before = samples(collector)
         assert {s: before[f"xim_router_agents|{s}"] for s in STATES} == {
             "pending": 0, "online": 1, "draining": 1, "suspended": 1, "disconnected": 0, "dead": 0
@@ -125,12 +128,9 @@ def test_the_port_is_its_own_and_only_there_when_asked_for(tmp_path: Path, free_
         assert process.wait(20) == 0
 
 
-def test_a_taken_address_says_which_option(tmp_path: Path, free_port: int) -> None:
-    command = [sys.executable, "-m", "xim_agent", "router", "serve", "--listen", "127.0.0.1:0", "--data", str(tmp_path)]
-    with socket.create_server(("127.0.0.1", free_port)):
-        done = subprocess.run(
-            [*command, "--metrics-listen", f"127.0.0.1:{free_port}"],
-            capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2], timeout=60,
-        )  # fmt: skip
-    assert done.returncode == 78
-    assert "choose another --metrics-listen address" in done.stderr
+async def test_a_taken_address_says_which_option(tmp_path: Path, free_port: int) -> None:
+    async with running(tmp_path) as bench:
+        with socket.create_server(("127.0.0.1", free_port)), pytest.raises(AgentError) as caught:
+            await _metrics(bench.router, f"127.0.0.1:{free_port}", trio.TASK_STATUS_IGNORED)
+    assert caught.value.exit_code == Exit.CONFIG
+    assert caught.value.hint == "choose another --metrics-listen address"

@@ -143,7 +143,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("xim_agent_cache_fetch_left_seconds", "Time the step at work still needs", "cache", "fetch_seconds_left"),
     Metric(
         "xim_agent_cache_blob_bytes_per_second",
-        "Speed of each fetched blob (a chunk of a model, at most 64 MiB), waits before further attempts included",
+        "Speed of each fetched blob (a chunk of a model, at most 16 MiB), waits before further attempts included",
         "transfers",
         "speed",
         buckets=FETCH_BYTES_PER_SECOND,

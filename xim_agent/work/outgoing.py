@@ -42,6 +42,7 @@ class Outgoing:
         self.verdict: Verdict | None = None
         # Of an event stream: what is looked at when it has ended.
         self.tail: Tail | None = None
+        self.events = False  # the answer is an event stream
         self._outbox = outbox
         self._stir = stir
         self._done = done
@@ -64,6 +65,7 @@ class Outgoing:
 
     def head(self, status: int, headers: dict[str, str]) -> None:
         self._replied, self.status = trio.current_time(), status
+        self.events = headers.get("content-type", "").startswith("text/event-stream")
         if self._outbox.head(self.id, Head(status, headers)):
             self._stir()
 
@@ -80,7 +82,7 @@ class Outgoing:
             self._last = trio.current_time()
             if size and self._first is None:
                 self._first = self._last
-                if self.tail is not None:
+                if self.events:
                     self._times.first.observe(self._first - self.received, self.trace)
         if earlier:
             self._stir()

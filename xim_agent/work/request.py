@@ -110,9 +110,8 @@ async def _relay(lease: Lease, out: Outgoing, engine: Engine, bodies: Bodies) ->
     asked = request_headers(lease.headers, lease.request)
     out.asks(asked["traceparent"])
     async with engine.client.open(lease.path, asked, body, tenant=lease.tenant) as reply:
-        headers = reply_headers(reply.headers)
-        out.head(reply.status, headers)
-        if headers.get("content-type", "").startswith("text/event-stream"):
+        out.head(reply.status, reply_headers(reply.headers))
+        if out.events:
             out.tail = Tail()
         await reply.relay(out)
         if out.tail is not None and (message := out.tail.error()) is not None:
