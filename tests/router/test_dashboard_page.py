@@ -118,7 +118,8 @@ async def test_streams_end_with_their_session(bench: Bench, how: str) -> None:
             await theirs.until('"name": "node"')
         else:
             await theirs.end()
-        assert (await http.get("/dashboard/events")).status_code == 401
+        with trio.fail_after(10):
+            assert (await http.get("/dashboard/events")).status_code == 401
 
 
 async def test_many_dashboards_cost_one_snapshot_a_second(bench: Bench) -> None:
@@ -150,7 +151,8 @@ async def test_streams_are_bounded(bench: Bench, monkeypatch: pytest.MonkeyPatch
         async with events(http) as one, events(http) as two:
             await one.until('"agents": []')
             await two.until('"agents": []')
-            reply = await http.get("/dashboard/events")
+            with trio.fail_after(10):
+                reply = await http.get("/dashboard/events")
             assert (reply.status_code, reply.json()["error"]["code"]) == (503, "dashboard_full")
         await until(lambda: not counted.open)
         async with events(http) as again:
