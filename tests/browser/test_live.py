@@ -80,9 +80,7 @@ def test_what_one_does_the_other_sees(world: World, visit: Visit) -> None:
     dialog.get_by_role("button", name="Suspend").press("Enter")
     expect(one.page.get_by_role("button", name="Resume")).to_be_focused()
     expect(other.page.locator("main tbody tr")).to_contain_text("suspended")
-    one.page.get_by_role("button", name="Remove").click()
-    dialog.get_by_role("button", name="Remove").click()
-    expect(one.page.locator("#notice")).to_contain_text("removed")
+    one.remove(agent.id)
     expect(other.page.locator("main .empty")).to_be_visible()
 
 

@@ -1,4 +1,7 @@
-"""From an empty router to a streamed answer, as a newcomer does it: frozen executable, real vLLM, real browser."""
+"""From an empty router to a streamed answer, as a newcomer does it, with a fake agent; and the whole of it for real.
+
+For real: the frozen executable, real vLLM, and what the pages show pasted into a shell.
+"""
 
 import re
 import subprocess
@@ -6,10 +9,38 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fakes.browser import Visit, Visitor
 from fakes.stack import Process, Stack, until
+from fakes.world import World
+from playwright.sync_api import Browser, expect
 
-pytestmark = [pytest.mark.e2e, pytest.mark.full]
 MINUTES = 300_000.0  # ms; vLLM starts on a busy machine
+PAGES = ("agents", "join", "models", "keys", "try")
+
+
+def shows_what_to_do_next(visitor: Visitor) -> None:
+    """Every page of a router that nobody has used yet."""
+    for route in PAGES:
+        visitor.go(route)
+        expect(visitor.page.locator("main .empty:visible").first).to_contain_text(re.compile("."))
+
+
+def test_from_nothing_to_an_answer(world: World, visit: Visit) -> None:
+    visitor = visit()
+    shows_what_to_do_next(visitor)
+    key = visitor.make_join_key("bare")[1]
+    agent = world.agent("newcomer", key=key, living=False)
+    joined = visitor.page.locator(".joined")
+    expect(joined).to_contain_text("pending")
+    agent.wake()
+    expect(joined).to_contain_text("online")
+    world.publish("toy", assigned=False)
+    visitor.assign("toy")
+    agent.says = {}
+    assert visitor.ask("Tell me of a lighthouse", "toy") == "Hello from a lighthouse."
+
+
+# The whole of it for real.
 
 
 @pytest.fixture
