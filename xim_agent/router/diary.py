@@ -7,6 +7,7 @@ database, where chronicle.py keeps them with what operators did.
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from typing import NamedTuple
 
 from xim_agent.router.fleet import Agent
@@ -19,9 +20,12 @@ LASTING = frozenset({"enrolled", "connected", "disconnected", "restarted", "assi
 
 
 class Event(NamedTuple):
-    """`kind`: stable snake case; `text`: a sentence's end for people, in part as the agent put it."""
+    """`kind`: stable snake case; `text`: a sentence's end for people, in part as the agent put it. `turn`: orders those
+    of one moment.
+    """
 
     at: float
+    turn: int
     kind: str
     text: str
 
@@ -47,10 +51,11 @@ class Diary:
     def __init__(self) -> None:
         self._pages: dict[str, _Page] = {}
         self._unwritten: set[str] = set()
+        self._turns = count()
 
     def note(self, agent_id: str, now: float, kind: str, text: str) -> None:
         page = self._pages.setdefault(agent_id, _Page())
-        event = Event(now, kind, printable(text[:KEEP_TEXT]))
+        event = Event(now, next(self._turns), kind, printable(text[:KEEP_TEXT]))
         if kind in LASTING:
             page.unwritten.append(event)
             self._unwritten.add(agent_id)
@@ -106,7 +111,7 @@ class Diary:
     def of(self, agent_id: str) -> list[Event]:
         """What is in memory only, in the order of its times."""
         page = self._pages.get(agent_id)
-        return sorted([*page.events, *page.unwritten], key=lambda event: event.at) if page else []
+        return sorted([*page.events, *page.unwritten]) if page else []
 
     def unwritten(self) -> Iterator[tuple[str, Event]]:
         for agent_id in self._unwritten:
