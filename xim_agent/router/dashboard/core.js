@@ -91,6 +91,7 @@ export async function send(method, path, body, signal) {
   const error = new Error(said?.error?.message || `The router answered with status ${reply.status}.`);
   error.status = reply.status;
   error.code = said?.error?.code;
+  error.param = said?.error?.param; // the member that is wrong
   if (reply.status === 401 && session.role) document.dispatchEvent(new CustomEvent("signed-out", { detail: error.message }));
   throw error;
 }

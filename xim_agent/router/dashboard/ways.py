@@ -58,23 +58,22 @@ def _paste(key: str) -> dict[str, str]:
 
 
 def _compose(file: str, key: str, plain: bool) -> Iterator[dict[str, str]]:
-    here = "sudo install -d -m 700 -o 5152 -g 5152 /data/xerotier/models /data/xerotier/config"
-    yield _step("Make the agent's directories, and a file for the key:", here, _COMPOSE_KEY)
+    yield _step(
+        "Make the agent's directories, and a file for the key:",
+        "sudo install -d -m 700 -o 5152 -g 5152 /data/xerotier/models /data/xerotier/config",
+        "sudo install -m 600 -o 5152 -g 5152 /dev/stdin /data/xerotier/config/join-key",
+    )
     yield _paste(key)
-    settings = ["echo XEROTIER_AGENT_JOIN_KEY_FILE=/var/lib/inference/.config/xerotier/join-key >> .env"]
     yield _step(
         "In a checkout of the agent, build the image and start it:",
         "cd compose",
-        *settings,
+        "echo XEROTIER_AGENT_JOIN_KEY_FILE=/var/lib/inference/.config/xerotier/join-key >> .env",
         *([f"echo {INSECURE} >> .env"] if plain else []),
         f"docker compose -f {file} build",
         f"docker compose -f {file} up -d",
         f"docker compose -f {file} logs -f agent",
     )
     yield _step(f"{_THEN}:", "sudo rm /data/xerotier/config/join-key")
-
-
-_COMPOSE_KEY = "sudo install -m 600 -o 5152 -g 5152 /dev/stdin /data/xerotier/config/join-key"
 
 
 def _systemd(key: str, plain: bool) -> Iterator[dict[str, str]]:
