@@ -52,7 +52,7 @@ export function show(main) {
       const one = box.appendChild(make("div", null, "inline"));
       one.append(who.id ? agentLink(who) : make("span", who.name));
       const button = writeButton("Take back", () => takeBack(model, who), "quiet");
-      button.setAttribute("aria-label", `Take ${named(model)} back from ${who.name}`);
+      button.setAttribute("aria-label", `Take back ${named(model)} from ${who.name}`);
       one.append(button);
     }
   }
