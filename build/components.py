@@ -49,7 +49,7 @@ class Component:
     name: str
     version: str
     licence: str
-    kind: str = "library"  # or distribution
+    kind: str = "library"  # or distribution, or npm
     text: str = ""
     part_of: str = ""
 
@@ -76,6 +76,18 @@ def _library(key: str) -> Component:
     else:
         text = (HERE / "licences" / f"{key}.txt").read_text()
     return Component(name, version, licence, text=text)
+
+
+def _vendored() -> list[Component]:
+    """What the dashboard has from npm. The text beside each begins with its name and version."""
+    found = []
+    for path in sorted((HERE.parent / "xim_agent/router/dashboard/vendor").glob("*.txt")):
+        text = path.read_text()
+        known = re.match(r"(\S+) (\d+(?:\.\d+)+)[, ].*The MIT License", text, re.DOTALL)
+        if known is None:
+            sys.exit(f"freeze: {path} does not begin with a name and a version, or is no MIT licence")
+        found.append(Component(known[1], known[2], "MIT", "npm", text))
+    return found
 
 
 def _inside(distribution: importlib.metadata.Distribution) -> list[Component]:
@@ -107,6 +119,7 @@ def components(binaries: Iterable[str], distributions: Iterable[str]) -> list[Co
             sys.exit(f"freeze: no licence is known for {name}; add it to build/components.py and build/licences/")
         keys |= set(known)
     found = [_library(key) for key in keys]
+    found += _vendored()
     found += [Component("xerotier-xim-agent", __version__, "MIT", text=(HERE.parent / "LICENSE").read_text())]
     for name in distributions:
         distribution = importlib.metadata.distribution(name)

@@ -19,19 +19,19 @@ def _licences(licence: str) -> list[dict[str, Any]]:
 
 
 def _component(entry: dict[str, str], inside: list[dict[str, str]]) -> dict[str, Any]:
-    pypi = entry["kind"] == "distribution"
+    registry = {"distribution": "pypi", "npm": "npm"}.get(entry["kind"])
     where = f"{entry['part_of']}/" if entry["part_of"] else ""
     made: dict[str, Any] = {
         "type": "library",
-        "bom-ref": f"{where}{entry['name']}@{entry['version'] or 'unknown'}{'' if pypi else '#library'}",
+        "bom-ref": f"{where}{entry['name']}@{entry['version'] or 'unknown'}{'' if registry else '#library'}",
         "name": entry["name"],
     }
     if entry["version"]:
         made["version"] = entry["version"]
     if licences := _licences(entry["licence"]):
         made["licenses"] = licences
-    if pypi:
-        made["purl"] = f"pkg:pypi/{entry['name'].lower().replace('_', '-')}@{entry['version']}"
+    if registry:
+        made["purl"] = f"pkg:{registry}/{entry['name'].lower().replace('_', '-')}@{entry['version']}"
     if parts := [_component(p, []) for p in inside]:
         made["components"] = parts
     return made

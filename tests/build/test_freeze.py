@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from dataclasses import asdict
 from importlib.metadata import requires
 from pathlib import Path
 from types import ModuleType
@@ -64,10 +65,20 @@ def test_a_library_without_a_known_licence_stops_the_build(monkeypatch: pytest.M
     components = module(monkeypatch, "components")
     monkeypatch.setattr(components, "_library", lambda key: components.Component(key, "", "MIT", text="x"))
     found = {c.name for c in components.components(["libz.so.1", "python3.11/lib-dynload/_ssl.so"], [])}
-    assert found == {"xerotier-xim-agent", "zlib", *components.ALWAYS}
+    assert found == {"xerotier-xim-agent", "zlib", "uPlot", *components.ALWAYS}
     for name in ("libzstd.so.1", "zstandard.libs/libnew-1a2b.so.1"):
         with pytest.raises(SystemExit, match=re.escape(f"no licence is known for {Path(name).name}")):
             components.components(["libz.so.1", name], [])
+
+
+def test_what_the_dashboard_has_from_npm_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    components, sbom = module(monkeypatch, "components"), module(monkeypatch, "sbom")
+    (found,) = components._vendored()
+    script = (ROOT / "xim_agent/router/dashboard/vendor/uplot.js").read_text()
+    assert script.startswith(f"/*! https://github.com/leeoniya/uPlot (v{found.version}) */")
+    assert "Leon Sorokin" in found.text
+    made = sbom._component(asdict(found), [])
+    assert (made["purl"], made["licenses"]) == (f"pkg:npm/uplot@{found.version}", [{"expression": "MIT"}])
 
 
 def test_the_lock_pins_with_digests_all_that_is_asked_for() -> None:

@@ -91,13 +91,14 @@ def _data(board: Board, agent: Agent, grant: Grant, data: bytes, now: float) -> 
         raise BadFrame("data before the head")
     grant.add_data(data)
     job = grant.job
-    if not job.buffered:
+    buffered = job.buffered
+    if not buffered:
         _timed(agent, grant, now)
     if not job.live:
         grant.taken = grant.received
         return
     job.chunks.append(data)
-    if not job.buffered:
+    if not buffered:
         job.wake()
         return
     grant.taken = grant.received
