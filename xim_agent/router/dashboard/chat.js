@@ -48,6 +48,12 @@ function turn(message) {
   };
 }
 
+// What is sent: questions with their answers, as far as they came, and the last question. Templates want them by turns.
+function conversation() {
+  const good = said.filter((message, i) => message.content && (said[i + 1]?.role !== "assistant" || said[i + 1].content));
+  return good.map(({ role, content }) => ({ role, content }));
+}
+
 // What a chunk adds to the answer. Throws what the router or the engine said.
 function take(message, chunk, count) {
   if (chunk.error) throw new Error(chunk.error.message || JSON.stringify(chunk.error));
@@ -89,6 +95,7 @@ async function answer(message, asked, signal, changed) {
     message.note = stopped ? `Stopped. ${count.first === undefined ? "" : summary(count, begun)}` : error.message;
     if (error instanceof TypeError && !stopped) message.note = "The connection to the router broke.";
     message.bad = !stopped;
+    message.param = stopped ? null : error.param;
   }
   changed();
 }
@@ -138,7 +145,8 @@ export function show(main) {
   const choice = select([]), most = input("", 7, "number");
   most.min = 1;
   const settings = make("div", null, "settings");
-  settings.append(field("model", "Model", choice).box, field("max_tokens", "Most tokens", most, "Empty: as the engine has it.").box);
+  const bound = field("max_tokens", "Most tokens", most, "Empty: as the engine has it.");
+  settings.append(field("model", "Model", choice).box, bound.box);
   const log = make("section", null, "log");
   log.setAttribute("aria-label", "Conversation");
   let running = null, known = "", choices = [];
@@ -163,7 +171,7 @@ export function show(main) {
   async function ask(words) {
     const [project, model] = JSON.parse(choice.value);
     append(said[said.push({ role: "user", content: words }) - 1]);
-    const sent = said.filter((m) => m.content).map(({ role, content }) => ({ role, content }));
+    const sent = conversation();
     const message = { role: "assistant", content: "", note: "waiting for the first token" };
     const one = append(said[said.push(message) - 1]);
     const mine = running = new AbortController();
@@ -178,7 +186,8 @@ export function show(main) {
     });
     if (mine !== running) return;
     running = null;
-    if (log.isConnected) notice(message.bad ? message.note : "The answer is complete.", message.bad ? "bad" : "good");
+    bound.tell(message.param === bound.name ? message.note : "");
+    if (log.isConnected) notice(message.bad ? "The answer ended with an error." : "The answer is complete.", message.bad ? "warn" : "good");
     ready();
   }
 

@@ -81,7 +81,7 @@ export function show(main) {
   const region = input("local", 24);
   const life = select(LIVES, "86400");
   const result = make("div");
-  const keys = table("Join keys", ["Key", "Project", "Region", "State", "Uses left", "Joined by it", "Created", "Expires", ""]);
+  const keys = table("Join keys", ["Key", "Project", "Region", "State", "Uses left", "Joined by it", "Created", "Expires", "Actions"]);
   const put = rowsIn(keys.body);
   const nothing = empty("There is no join key yet. Make one above: it lets an agent in, and says where the router is.");
   let found = null, made = null, watching = null, snapshot = null, chosen = false;
@@ -109,7 +109,7 @@ export function show(main) {
     }
     cell(line, "Created", moment(key.created));
     cell(line, "Expires", moment(key.expires));
-    const last = cell(line, "");
+    const last = cell(line, "Actions");
     if (key.state !== "revoked") {
       const button = writeButton("Revoke", () => revoke(key), "danger");
       button.setAttribute("aria-label", `Revoke join key ${key.id}`);

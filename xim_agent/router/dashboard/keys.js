@@ -22,7 +22,7 @@ export function show(main) {
   project.setAttribute("list", "projects");
   const name = input("", 60);
   const result = make("div");
-  const keys = table("API keys", ["Name", "Begins", "Project", "State", "Created", "Last used", ""]);
+  const keys = table("API keys", ["Name", "Begins", "Project", "State", "Created", "Last used", "Actions"]);
   const put = rowsIn(keys.body);
   const nothing = empty("There is no API key yet. Make one above: clients ask with it, and agents of its project answer.");
   let chosen = false;
@@ -47,7 +47,7 @@ export function show(main) {
     cell(line, "State", key.state).className = key.state === "valid" ? "good" : "dim";
     cell(line, "Created", moment(key.created));
     cell(line, "Last used", moment(key.last_used));
-    const last = cell(line, "");
+    const last = cell(line, "Actions");
     if (key.state === "valid") {
       const button = writeButton("Revoke", () => revoke(key), "danger");
       button.setAttribute("aria-label", `Revoke ${called(key)}`);

@@ -7,7 +7,7 @@ export const title = "Models";
 export function show(main) {
   const wrong = make("p", "", "bad");
   const busy = make("p", "A model is being published or removed at this moment.", "banner warn");
-  const heads = ["Model", "Revision", "Size", "Stored", "Published", "Served by", "Assigned to", ""];
+  const heads = ["Model", "Revision", "Size", "Stored", "Published", "Served by", "Assigned to", "Actions"];
   const models = table("Models", heads);
   const put = rowsIn(models.body);
   const nothing = empty("No model is published yet. Publish one with the command below; then assign it here.");
@@ -58,7 +58,7 @@ export function show(main) {
   }
 
   function acts(line, model) {
-    const box = cell(line, "");
+    const box = cell(line, "Actions");
     const has = new Set(model.agents.map((who) => who.id ?? ""));
     const choices = [["", "all agents"], ...agents.map((agent) => [agent.id, agent.name || agent.id])];
     const open = choices.filter(([id]) => !has.has(id));
