@@ -11,6 +11,8 @@ import psutil
 import pytest
 from fakes.stack import Process, Stack, alive, shared_memory, until
 
+from xim_agent.router.dashboard import sessions
+
 pytestmark = pytest.mark.e2e
 
 
@@ -77,6 +79,9 @@ def test_it_answers_a_first_question_and_serves_until_ctrl_c(stack: Stack) -> No
     page = httpx.get(link[1])
     assert page.status_code == 200
     assert "text/html" in page.headers["content-type"]
+    folder = Path(sessions.__file__).parent
+    for file in (*folder.glob("*.js"), *folder.glob("vendor/*.js"), *folder.glob("vendor/*.css")):
+        assert httpx.get(link[1] + str(file.relative_to(folder))).status_code == 200, "the frozen program has it, too"
     headers = {"origin": url[1].removesuffix("/v1")}
     assert httpx.post(f"{link[1]}api/login", json={"token": link[2]}, headers=headers).status_code == 204
     process.popen.send_signal(signal.SIGINT)

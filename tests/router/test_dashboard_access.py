@@ -1,6 +1,7 @@
 """Who may see the dashboard and who may change things: links, sessions, and pages of others."""
 
 import ipaddress
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -260,7 +261,7 @@ async def test_who_may_look_changes_nothing(house: House) -> None:
         assert (await http.get("/dashboard/api/session")).json()["role"] == "read-only"
         assert (await http.get("/dashboard/api/bell")).status_code == 200
         for path in house.router.dashboard.writes:
-            answer = await http.post(path, json={})
+            answer = await http.post(re.sub(r"\{[^}]+\}", "x", path), json={})
             assert code(answer) == (403, "read_only")
             assert "to look only" in answer.json()["error"]["message"]
         assert house.bell.rung == []
