@@ -22,7 +22,8 @@ TEXTS = {
 _MADE = """() => [...document.querySelectorAll("main *, dialog *")].filter((e) =>
   ["IMG", "SCRIPT", "IFRAME", "STYLE", "OBJECT", "EMBED", "LINK", "META", "BASE", "FORM"].includes(e.tagName) &&
     !(e.tagName === "FORM" && e.querySelector("button"))
-  || [...e.attributes].some((a) => a.name.startsWith("on") || /^\\s*javascript:/i.test(a.value))
+  || [...e.attributes].some((a) => a.name.startsWith("on")
+    || ["href", "src", "action", "formaction"].includes(a.name) && /^\\s*javascript:/i.test(a.value))
 ).map((e) => e.outerHTML.slice(0, 200))"""
 
 

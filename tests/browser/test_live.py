@@ -59,6 +59,31 @@ def test_an_agent_is_shown_as_it_lives_and_dies(world: World, visit: Visit) -> N
     all_show("dead")
 
 
+def test_what_one_does_the_other_sees(world: World, visit: Visit) -> None:
+    """By keyboard: a dialog takes the focus, keeps it, is left by Escape without harm, and gives the focus back."""
+    agent = world.agent("node")
+    one, other = visit(), visit()
+    one.go(f"agents/{agent.id}")
+    button = one.page.get_by_role("button", name="Suspend")
+    button.focus()
+    one.page.keyboard.press("Enter")
+    dialog = one.page.get_by_role("dialog")
+    expect(dialog).to_contain_text("node")
+    for _ in range(4):
+        assert one.page.evaluate("document.activeElement === document.body || document.activeElement.closest('dialog')")
+        one.page.keyboard.press("Tab")
+    one.page.keyboard.press("Escape")
+    expect(dialog).to_be_hidden()
+    expect(button).to_be_focused()
+    expect(other.page.locator("main tbody tr")).to_contain_text("online")
+    one.page.keyboard.press("Enter")
+    dialog.get_by_role("button", name="Suspend").press("Enter")
+    expect(one.page.get_by_role("button", name="Resume")).to_be_focused()
+    expect(other.page.locator("main tbody tr")).to_contain_text("suspended")
+    one.remove(agent.id)
+    expect(other.page.locator("main .empty")).to_be_visible()
+
+
 def test_a_session_that_ended_shows_the_way_back(world: World, visit: Visit) -> None:
     visitor = visit()
     visitor.expected = LOST

@@ -81,7 +81,8 @@ def furnished(world: World) -> str:
     for region in ("eu-west", "us-east"):
         world.join_key(project="research", region=region)
     busy = world.agent("gpu-1.example")
-    busy.says = {"load": {"running": 3, "waiting": 2, "kv_usage": 0.42, "tokens_per_s": 183.4}}
+    busy.says = {"model": {"id": "llama-3.1-8b-instruct", "revision": "r1", "generation": 1}}
+    busy.says |= {"load": {"running": 3, "waiting": 2, "kv_usage": 0.42, "tokens_per_s": 183.4}}
     fetching = {"stage": "fetch", "done": 1_300_000_000, "total": 5_000_000_000, "rate": 95e6, "text": ""}
     world.agent("gpu-2.example").says = {"phase": "starting", "capacity": 0, "model": None, "progress": fetching}
     starting = {"stage": "engine", "done": 14, "total": 0, "rate": 0.0, "text": "loading weights"}

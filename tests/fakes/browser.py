@@ -115,6 +115,35 @@ class Visitor:
     def text(self) -> str:
         return self.page.inner_text("body")
 
+    def make_join_key(self, way: str) -> list[str]:
+        """What *Add an agent* shows then, for `way` (its id): what to run and to paste, in order."""
+        self.go("join")
+        self.page.get_by_role("button", name="Make a join key").click()
+        self.page.get_by_label("How will it run?").select_option(way)
+        return self.page.locator("ol.steps pre").all_inner_texts()
+
+    def assign(self, model: str) -> None:
+        """Gives it to all agents."""
+        self.go("models")
+        self.page.locator("main tbody tr", has_text=model).get_by_role("button", name="Assign").click()
+        self.page.get_by_role("dialog").get_by_role("button", name="Assign").click()
+        expect(self.page.locator("#notice")).to_contain_text("goes to all agents")
+
+    def ask(self, words: str, model: str) -> str:
+        """The answer of *Try it*, when it is complete."""
+        self.go("try")
+        expect(self.page.get_by_label("Model", exact=True)).to_contain_text(model)
+        self.page.get_by_label("Message").fill(words)
+        self.page.get_by_role("button", name="Send").click()
+        expect(self.page.locator("#notice")).to_contain_text("complete")
+        return self.page.locator(".turn.assistant .text").last.inner_text()
+
+    def remove(self, agent: str) -> None:
+        self.go(f"agents/{agent}")
+        self.page.get_by_role("button", name="Remove").click()
+        self.page.get_by_role("dialog").get_by_role("button", name="Remove").click()
+        expect(self.page.locator("#notice")).to_contain_text("is removed")
+
     def overflow(self) -> list[str]:
         """What reaches over the window's right edge."""
         found: list[str] = self.page.evaluate(_OVERFLOW)
