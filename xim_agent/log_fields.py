@@ -49,6 +49,7 @@ LOG_FIELDS: dict[str, str] = {
     "newest": "whether the refused refresh token was the newest one",
     "life_seconds": "how long a token is good",
     "from": "local router: address that called",
+    "role": "local router: of who signed in to the dashboard, admin or read-only",
     "address": "local router: where the other copy of an identity runs",
     "start": "local router: when that began",
     "yours": "local router: when the caller's began",

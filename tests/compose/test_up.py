@@ -37,6 +37,16 @@ r = c.getresponse()
 print(r.status, flush=True)
 for line in r: print(line.decode().rstrip(), flush=True)
 """
+LOOK = """
+import http.client, json, sys
+c = http.client.HTTPConnection("127.0.0.1", 8080, timeout=60)
+h = {"content-type": "application/json", "origin": "http://127.0.0.1:8080"}
+c.request("POST", "/dashboard/api/login", json.dumps({"token": sys.argv[1]}), h)
+r = c.getresponse()
+assert (r.status, r.read()) == (204, b"")
+c.request("GET", "/dashboard/agents.json", headers={"cookie": r.headers["set-cookie"].partition(";")[0]})
+print(c.getresponse().read().decode())
+"""
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +120,12 @@ def test_the_try_out_works_as_it_stands(local: Project, docker: Docker) -> None:
     status, page = docker.ask(ROUTER + "/")
     assert (status, "<html" in page) == (200, True), "the dashboard, by the published port"
     until("Prometheus has metrics of agent and vLLM", lambda: measured(docker, "xim_agent_info", "vllm:.+"), 60, 0.5)
-    (agents,) = json.loads(docker.ask(ROUTER + "/dashboard/agents.json")[1])["agents"]
+    link = local.until_said("setup", r"Dashboard +http://127\.0\.0\.1:8080/dashboard/#/login/(\S+)")
+    look = ["nsenter", "-n", "-t", str(docker.pid), sys.executable, "-c", LOOK, link[1]]
+    seen_there = subprocess.run(look, capture_output=True, text=True, check=True).stdout
+    (agents,) = json.loads(seen_there)["agents"]
     assert (agents["name"], agents["status"]) == ("local", "online")
+    assert "plain http" not in local.logs("router"), "it came by the loopback of this machine"
     assert local.container("setup")["State"]["ExitCode"] == 0
     seen = local.container("agent")
     assert "xjk_" not in json.dumps(seen), "no key in what `docker inspect` shows"

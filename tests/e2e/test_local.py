@@ -72,9 +72,13 @@ def test_it_answers_a_first_question_and_serves_until_ctrl_c(stack: Stack) -> No
     assert curl
     pasted = subprocess.run(["bash", "-c", curl[1] + " -sS"], capture_output=True, text=True, check=True, timeout=60)
     assert '"choices"' in pasted.stdout
-    page = httpx.get(url[1].removesuffix("/v1") + "/")
+    link = re.search(r"Dashboard +(\S+/dashboard/)#/login/(\S+)$", process.text, re.M)
+    assert link
+    page = httpx.get(link[1])
     assert page.status_code == 200
     assert "text/html" in page.headers["content-type"]
+    headers = {"origin": url[1].removesuffix("/v1")}
+    assert httpx.post(f"{link[1]}api/login", json={"token": link[2]}, headers=headers).status_code == 204
     process.popen.send_signal(signal.SIGINT)
     until("Ctrl-C ends it", seen.look, 30)
     assert process.popen.returncode == 0, process.text[-4000:]

@@ -224,11 +224,17 @@ def test_errors_of_the_router_are_openais(ready: Stack) -> None:
 
 
 def test_node_is_shown_online(ready: Stack) -> None:
-    def online() -> bool:
-        rows = httpx.get(f"{ready.url}/dashboard/agents.json").json()["agents"]
-        return [r["status"] for r in rows] == ["online"] and rows[0]["model"] == "toy"
+    assert ready.router is not None
+    printed = re.search(r"(http\S+)/dashboard/#/login/(\S+)", ready.router.text)
+    assert printed
+    with httpx.Client(base_url=printed[1], headers={"origin": printed[1]}, trust_env=False) as http:
+        assert http.post("/dashboard/api/login", json={"token": printed[2]}).status_code == 204
 
-    until("the node is online", online, 60)
+        def online() -> bool:
+            rows = http.get("/dashboard/agents.json").json()["agents"]
+            return [r["status"] for r in rows] == ["online"] and rows[0]["model"] == "toy"
+
+        until("the node is online", online, 60)
 
 
 def test_client_that_goes_away_stops_the_engine(ready: Stack) -> None:

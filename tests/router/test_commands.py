@@ -1,6 +1,7 @@
 """`xerotier-xim-agent router …`: data on stdout alone, before the router ever ran and beside a running one."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,18 @@ def test_from_nothing_to_a_router_that_could_serve(tmp_path: Path) -> None:
         assert (data / "models" / "manifests" / f"{found.model.manifest.removeprefix('sha256:')}.json").is_file()
 
 
+def test_a_link_to_the_dashboard_is_all_on_stdout(tmp_path: Path) -> None:
+    first = router(tmp_path / "data", "admin-link")
+    assert re.fullmatch(r"http://127\.0\.0\.1:8080/dashboard/#/login/[\w-]{43}\n", first.stdout)
+    assert "never ran" in first.stderr
+    assert "within 24 hours:" in first.stderr
+    with Store.open(tmp_path / "data") as store:
+        store.serve_at(["https://router.example/"], "http://127.0.0.1:1")
+    looking = router(tmp_path / "data", "admin-link", "--read-only", "--revoke-others")
+    assert looking.stdout.startswith("https://router.example/dashboard/#/login/")
+    assert looking.stderr == "0 sessions ended\nsigns in once, within 24 hours, to look only:\n"
+
+
 @pytest.mark.parametrize(
     ("args", "code"),
     [
@@ -61,6 +74,7 @@ def test_from_nothing_to_a_router_that_could_serve(tmp_path: Path) -> None:
         (["join-key", "create", "--project", "a", "--region", "x" * 25], "join_key_invalid"),
         (["api-key", "create", "--project", ""], "project_invalid"),
         (["serve", "--public-url", "router.example"], "public_url_invalid"),
+        (["admin-link", "--url", "router.example"], "public_url_invalid"),
         (["serve", "--public-url", "http://x:99999"], "public_url_invalid"),
         (["serve", "--listen", "8080"], "listen_invalid"),
     ],

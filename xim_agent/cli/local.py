@@ -86,14 +86,14 @@ async def _until_ready(made: Any, display: Display) -> None:
         await trio.sleep(0.2)
 
 
-def _welcome(url: str, key: str, name: str) -> str:
+def _welcome(url: str, key: str, name: str, dashboard: str) -> str:
     messages = [{"role": "user", "content": "Say hello in French."}]
     body = json.dumps({"model": name, "messages": messages, "max_tokens": 99})  # the demo model can go on for minutes
     return f"""
   OpenAI base URL   {url}/v1
   API key           {key}
   Model             {name}
-  Dashboard         {url}/
+  Dashboard         {dashboard}
 
   curl {url}/v1/chat/completions -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json' -d '{body}'
 
@@ -131,6 +131,7 @@ async def _session(options: Options, config: Any, guard: Any) -> int:
 
     from xim_agent.router import catalog
     from xim_agent.router.app import make_app, serve
+    from xim_agent.router.dashboard import sessions
     from xim_agent.router.store import Store, router_lock
 
     stop, answered = trio.Event(), False
@@ -139,6 +140,7 @@ async def _session(options: Options, config: Any, guard: Any) -> int:
         # Left behind by Ctrl-C: what a cut publish leaves is found by the next one.
         published = await trio.to_thread.run_sync(_publish, options, display, abandon_on_cancel=True)
         with Store.open(options.data / "router") as store:
+            token = sessions.make_link(store.db, time.time(), at_start=True)
             async with trio.open_nursery() as router:
                 (url, *_) = await router.start(partial(serve, make_app(store), f"127.0.0.1:{port}"))
                 now = time.time()
@@ -151,19 +153,19 @@ async def _session(options: Options, config: Any, guard: Any) -> int:
                     made = await tree.start(partial(_agent, config, guard, stop, tree.cancel_scope))
                     await _until_ready(made, display)
                     display.finish()
-                    answered = await _use(options, published, url, api_key)
+                    answered = await _use(options, published, url, api_key, sessions.link(url, token))
                     if options.once is not None:
                         stop.set()
                 router.cancel_scope.cancel()
     return Exit.OK if answered or options.once is None else 130
 
 
-async def _use(options: Options, published: Any, url: str, key: str) -> bool:
+async def _use(options: Options, published: Any, url: str, key: str, dashboard: str) -> bool:
     """The one question of `--once`, or the welcome and a first question. True when there was an answer."""
     if options.once is not None:
         await ask(url, key, published.name, options.once)
         return True
-    click.echo(_welcome(url, key, published.name), err=True)
+    click.echo(_welcome(url, key, published.name, dashboard), err=True)
     if published.task != "generate":
         return True
     click.echo(f"> {QUESTION}", err=True)

@@ -23,7 +23,7 @@ _COMMANDS = {
     "plan": "Print how vLLM would be started for a model, and the sum behind every number",
     "cache": "The model cache: ls, verify, rm, prune, path",
     "local": "Router and agent in one process, for a try-out without an account",
-    "router": "The local router: serve, join-key, model, assign, api-key, agents, rotate-signing-key",
+    "router": "The local router: serve, admin-link, join-key, model, assign, api-key, agents, …",
     "version": "Print the version",
     "licenses": "Print the licences of everything in this program",
 }

@@ -5,9 +5,8 @@ from typing import Any
 
 import click
 
-from xim_agent.cli import router_agents, router_join_key, router_models
-from xim_agent.cli.router_store import DATA, open_store, project_name
-from xim_agent.errors import AgentError, Exit
+from xim_agent.cli import router_admin_link, router_agents, router_join_key, router_models
+from xim_agent.cli.router_store import DATA, check_url, open_store, project_name
 
 _PEM = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -18,6 +17,7 @@ def command() -> None:
 
 
 command.add_command(router_join_key.command)
+command.add_command(router_admin_link.command)
 command.add_command(router_agents.command)
 command.add_command(router_models.command)
 
@@ -48,7 +48,7 @@ def _networks(ctx: click.Context, param: click.Parameter, words: tuple[str, ...]
     multiple=True,
     callback=_networks,
     metavar="NETWORK",
-    help="Show the dashboard to this network as well, as 10.0.0.0/8 (repeatable)  [default: to this machine]",
+    help="Network whose browsers count as on this machine, as 172.17.0.0/16: no warning about plain http (repeatable)",
 )
 @DATA
 def serve(
@@ -72,7 +72,7 @@ def serve(
     if (tls_cert is None) != (tls_key is None):
         raise click.UsageError("--tls-cert and --tls-key go together")
     for url in public_urls:
-        _check_url(url)
+        check_url(url, "--public-url")
     raise_file_limit()
     with router_lock(data), Store.open(data) as store:
         trio.run(_serve, store, listen, public_urls, tls_cert, tls_key, viewers)
@@ -87,21 +87,26 @@ async def _serve(
     viewers: tuple[Any, ...],
 ) -> None:
     import signal
+    import time
     from functools import partial
 
     import trio
 
     from xim_agent.router.app import make_app
     from xim_agent.router.app import serve as run
+    from xim_agent.router.dashboard import sessions
 
     app = make_app(store)
     app.dashboard.also = viewers
+    token = sessions.make_link(store.db, time.time(), at_start=True)
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with trio.open_nursery() as nursery:
             go = partial(run, app, listen, public_urls=public_urls, tls_cert=tls_cert, tls_key=tls_key)
             bound = await nursery.start(go)
             click.echo(f"router is listening on {' '.join(bound)}", err=True)
-            click.echo(f"agents and clients use {' '.join(store.public_urls)}; the dashboard is {bound[0]}/", err=True)
+            click.echo(f"agents and clients use {' '.join(store.public_urls)}", err=True)
+            link = sessions.link(store.public_urls[0], token)
+            click.echo(f"the dashboard opens once by {link} (`router admin-link` makes another)", err=True)
             async for _ in signals:
                 break
             click.echo("router stops", err=True)
@@ -162,17 +167,3 @@ def create_api_key(project: str, data: Path) -> None:
     with open_store(data) as store:
         key = catalog.create_api_key(store.db, project_name(project), time.time())
     click.echo(key)
-
-
-def _check_url(url: str) -> None:
-    from urllib.parse import urlsplit
-
-    try:
-        parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        good = good and not parts.query and not parts.fragment and parts.username is None
-    except ValueError:
-        good = False
-    if not good:
-        hint = "for example https://router.example:8443"
-        raise AgentError("public_url_invalid", f"--public-url {url!r} is no URL", hint=hint, exit_code=Exit.USAGE)

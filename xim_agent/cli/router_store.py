@@ -44,3 +44,18 @@ def project_name(name: str) -> str:
             exit_code=Exit.USAGE,
         )
     return name
+
+
+def check_url(url: str, option: str) -> None:
+    """Of a router. Raises AgentError `public_url_invalid`, exit 2."""
+    from urllib.parse import urlsplit
+
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        good = good and not parts.query and not parts.fragment and parts.username is None
+    except ValueError:
+        good = False
+    if not good:
+        hint = "for example https://router.example:8443"
+        raise AgentError("public_url_invalid", f"{option} {url!r} is no URL", hint=hint, exit_code=Exit.USAGE)

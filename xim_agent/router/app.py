@@ -21,7 +21,8 @@ from xim_agent.mesh.content import ContentError, unpack
 from xim_agent.mesh.messages import MAX_BODY, MAX_EVENTS, SERVED_PATHS
 from xim_agent.router import blobs
 from xim_agent.router.agents import MAX_IDENTITY, AgentApi
-from xim_agent.router.dashboard.page import Dashboard
+from xim_agent.router.dashboard.page import Dashboard, Secured
+from xim_agent.router.dashboard.parts import MAX_WRITE, Part
 from xim_agent.router.dispatch import Dispatch
 from xim_agent.router.incoming import Gone, Incoming, Replay, TooLarge
 from xim_agent.router.jobs import Limits
@@ -35,6 +36,7 @@ log = logging.getLogger("xim_agent.router")
 
 TICK_SECONDS = 0.25
 SEEN_SECONDS = 15.0
+MAX_TOKEN = 4096  # bytes of a login
 Who = TypeVar("Who")
 
 
@@ -104,9 +106,24 @@ class Endpoint(Generic[Who]):
         return Problem(status, code, detail) if self.agents else ApiError(status, code, detail)
 
 
+def _anybody(request: Request) -> None:
+    pass
+
+
 async def _cancel_when_left(incoming: Incoming, scope: trio.CancelScope) -> None:
     await incoming.left()
     scope.cancel()
+
+
+@dataclass(frozen=True)
+class _Either:
+    """A path that can be read and written."""
+
+    reads: ASGIApp
+    writes: ASGIApp
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await (self.writes if scope["method"] == "POST" else self.reads)(scope, receive, send)
 
 
 class Router:
@@ -119,7 +136,15 @@ class Router:
         self.clients = ClientApi(store, self.dispatch)
         self.dashboard = Dashboard(store, self.dispatch, clock)
         self.state = SimpleNamespace(data_dir=store.directory)  # where `blobs` looks, as `request.app.state`
-        routes = [*self._agent_routes(), *self._client_routes()]
+        self._route()
+
+    def add(self, part: Part) -> None:
+        """One more part of the dashboard."""
+        self.dashboard.add(part)
+        self._route()
+
+    def _route(self) -> None:
+        routes = [*self._agent_routes(), *self._client_routes(), *self._dashboard_routes()]
         self._exact = {route.path: route.app for route in routes if "{" not in route.path}
         self._routes = Routes(routes, redirect_slashes=False, default=not_found)
 
@@ -154,13 +179,30 @@ class Router:
         ]
 
     def _client_routes(self) -> list[Route]:
-        api, page = self.clients, self.dashboard
+        api = self.clients
         get, post = frozenset({"GET", "HEAD"}), frozenset({"POST"})
         return [
             *(Route(path, Endpoint(post, MAX_BODY, api.client, api.complete)) for path in sorted(SERVED_PATHS)),
             Route("/v1/models", Endpoint(get, 0, api.client, api.models)),
             Route("/v1/models/{name:path}", Endpoint(get, 0, api.client, api.model)),
-            *(Route(path, Endpoint(get, 0, page.viewer, handle)) for path, handle in page.paths.items()),
+        ]
+
+    def _dashboard_routes(self) -> list[Route]:
+        page = self.dashboard
+        get, post = frozenset({"GET", "HEAD"}), frozenset({"POST"})
+
+        def path(at: str) -> Route:
+            read, write = page.reads.get(at), page.writes.get(at)
+            reads = Endpoint(get, 0, page.reader, read) if read else None
+            writes = Endpoint(post, MAX_WRITE, page.writer, write) if write else None
+            return Route(at, Secured(_Either(reads, writes) if reads and writes else reads or writes or not_found))
+
+        return [
+            *(Route(at, Secured(Endpoint(get, 0, _anybody, page.file))) for at in page.files),
+            *(path(at) for at in {**page.reads, **page.writes}),
+            Route("/dashboard/api/login", Secured(Endpoint(post, MAX_TOKEN, page.same_origin, page.login))),
+            Route("/dashboard/api/logout", Secured(Endpoint(post, MAX_TOKEN, page.own, page.logout))),
+            Route("/dashboard/{rest:path}", Secured(not_found)),
         ]
 
     async def tend(self) -> None:

@@ -42,6 +42,10 @@ CREATE TABLE IF NOT EXISTS assignments(
   agent_id TEXT PRIMARY KEY, name TEXT NOT NULL, revision TEXT NOT NULL, serving TEXT NOT NULL,
   generation INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS api_keys(hash BLOB PRIMARY KEY, project TEXT NOT NULL, created REAL NOT NULL, revoked REAL);
+CREATE TABLE IF NOT EXISTS dashboard_links(
+  hash BLOB PRIMARY KEY, role TEXT NOT NULL, expires REAL NOT NULL, used REAL, at_start INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS dashboard_sessions(
+  hash BLOB PRIMARY KEY, role TEXT NOT NULL, created REAL NOT NULL, seen REAL NOT NULL, insecure INTEGER NOT NULL);
 """
 
 

@@ -1,103 +1,176 @@
-"use strict";
-// Every text of an agent or a client goes through textContent: nothing they choose becomes markup.
+// Signing in, the pages by their hash, and the stream of snapshots that keeps them live.
+import { api, make, notice, READ_ONLY, session } from "/dashboard/core.js";
+
 const byId = (id) => document.getElementById(id);
-const units = ["B", "kB", "MB", "GB", "TB"];
-const STATUS = {
-  online: ["●", "good"], pending: ["○", "warn"], draining: ["◐", "warn"], suspended: ["◌", "warn"],
-  disconnected: ["○", "bad"], dead: ["✕", "bad"],
-};
-let offset = 0; // the router's clock minus ours, seconds
+// The module of each page; with an id behind it, `#/agents` is one agent's.
+const PAGES = { agents: "agents", join: "join", models: "models", keys: "keys", try: "chat" };
+const SILENT_MS = 40000; // the router says something every 15 s
+const RETRY_MS = [1000, 2000, 5000, 10000];
 
-function bytes(n) {
-  let i = 0;
-  while (n >= 1000 && i < units.length - 1) { n /= 1000; i += 1; }
-  return `${n >= 100 || i === 0 ? Math.round(n) : n.toFixed(1)} ${units[i]}`;
+let page = null; // {update, close} of what is shown
+let showing = 0; // counts, so that a module that comes late does not replace a newer page
+let last = null; // the last snapshot
+let source = null;
+let lost = 0;
+let timer;
+
+function link(text, tone) {
+  byId("link").textContent = text;
+  byId("link").className = tone;
 }
 
-function duration(s) {
-  s = Math.max(0, Math.round(s));
-  if (s < 60) return `${s} s`;
-  if (s < 3600) return `${Math.floor(s / 60)} min ${s % 60} s`;
-  if (s < 86400) return `${Math.floor(s / 3600)} h ${Math.floor((s % 3600) / 60)} min`;
-  return `${Math.floor(s / 86400)} d`;
+function leave() {
+  showing += 1;
+  try { page?.close?.(); } finally { page = null; }
 }
 
-function make(tag, text, className) {
-  const node = document.createElement(tag);
-  if (text !== undefined && text !== null) node.textContent = text;
-  if (className) node.className = className;
-  return node;
+function update() {
+  if (page && last) page.update?.(last);
 }
 
-function cell(row, label, text, className) {
-  const td = row.appendChild(make("td", null, className));
-  td.dataset.label = label;
-  const box = td.appendChild(make("div", text));
-  return box;
-}
-
-function phase(agent) {
-  const p = agent.progress;
-  if (!p) return agent.phase || "–";
-  if (p.stage === "engine") return `starting · ${p.text || "engine"} · ${duration(p.done)}`;
-  const verb = p.stage === "fetch" ? "fetching" : "verifying";
-  const left = p.rate > 0 && p.total > p.done ? ` · ${duration((p.total - p.done) / p.rate)} left` : "";
-  return `${verb} ${bytes(p.done)} of ${bytes(p.total)}${p.rate > 0 ? ` · ${bytes(p.rate)}/s` : ""}${left}`;
-}
-
-function agentRow(agent) {
-  const row = make("tr");
-  cell(row, "Agent", agent.name || agent.id).append(make("small", agent.id), make("small", `${agent.project} · ${agent.region}`));
-  const [sign, tone] = STATUS[agent.status] || ["?", "warn"];
-  const status = cell(row, "Status", `${sign} ${agent.status}`);
-  status.className = tone;
-  for (const c of agent.health) status.append(make("small", `${c.code}: ${c.text}`));
-  cell(row, "Tier", agent.tier || "–").append(make("small", agent.accelerator));
-  const model = cell(row, "Model", agent.model || "none");
-  if (agent.assigned && agent.assigned.split("@")[0] !== agent.model) model.append(make("small", `assigned: ${agent.assigned}`));
-  const now = cell(row, "Phase", phase(agent));
-  if (agent.progress && agent.progress.total > 0) {
-    const bar = now.appendChild(make("progress"));
-    bar.max = agent.progress.total;
-    bar.value = agent.progress.done;
-    bar.setAttribute("aria-label", `${agent.progress.stage} progress`);
+async function route() {
+  if (!session.role) return;
+  const [name, id] = location.hash.replace(/^#\//, "").split("/");
+  if (name === "login") { await start(); return; }
+  if (!Object.hasOwn(PAGES, name)) { location.replace("#/agents"); return; }
+  for (const a of byId("nav").querySelectorAll("a")) {
+    if (a.hash === `#/${name}`) a.setAttribute("aria-current", id ? "true" : "page");
+    else a.removeAttribute("aria-current");
   }
-  const busy = cell(row, "Running", `${agent.running} / ${agent.ceiling ?? "–"}`, "number");
-  if (agent.waiting) busy.append(make("small", `${agent.waiting} waiting in the engine`));
-  if (agent.tokens_per_s !== null) busy.append(make("small", `${agent.tokens_per_s.toFixed(1)} tokens/s`));
-  const seen = agent.last_seen === null ? "never" : `${duration(Date.now() / 1000 + offset - agent.last_seen)} ago`;
-  cell(row, "Last seen", seen, "number");
-  return row;
+  leave();
+  const mine = showing;
+  const main = byId("main");
+  try {
+    const module = await import(`/dashboard/${name === "agents" && id ? "agent" : PAGES[name]}.js`);
+    if (mine !== showing) return;
+    main.replaceChildren();
+    document.title = `${module.title} · XIM router`;
+    notice("");
+    page = module.show(main, id ? decodeURIComponent(id) : undefined);
+    update();
+  } catch (error) {
+    if (mine !== showing) return;
+    main.replaceChildren(make("h1", "This page cannot be shown"), make("p", String(error.message || error)));
+  }
 }
 
-function modelRow(model) {
-  const row = make("tr");
-  cell(row, "Model", model.name).append(make("small", model.task));
-  cell(row, "Revision", model.revision);
-  cell(row, "Size", bytes(model.size_bytes), "number");
-  cell(row, "Stored", bytes(model.stored_bytes), "number");
-  cell(row, "Served by", `${model.serving} agent${model.serving === 1 ? "" : "s"}`, "number");
-  return row;
+function disconnect() {
+  clearTimeout(timer);
+  source?.close();
+  source = null;
 }
 
-function fill(name, rows) {
-  byId(name).replaceChildren(...rows);
-  byId(`${name}-table`).hidden = rows.length === 0;
-  byId(`${name}-empty`).hidden = rows.length > 0;
+function connect() {
+  disconnect();
+  if (!session.role || document.hidden) return; // a browser has few connections for one router: hidden tabs take none
+  const mine = new EventSource("/dashboard/events");
+  source = mine;
+  timer = setTimeout(retry, SILENT_MS);
+  mine.onmessage = (event) => {
+    clearTimeout(timer);
+    timer = setTimeout(retry, SILENT_MS);
+    lost = 0;
+    last = JSON.parse(event.data);
+    session.offset = last.time - Date.now() / 1000;
+    link("live", "good");
+    update();
+  };
+  mine.onerror = retry;
 }
 
-function show(data) {
-  fill("agents", data.agents.map(agentRow));
-  fill("models", data.models.map(modelRow));
-  byId("queue").textContent = data.queued ? `${data.queued} request${data.queued === 1 ? "" : "s"} waiting for a slot` : "";
+async function retry() {
+  disconnect();
+  link("connection lost, retrying", "bad");
+  const wait = RETRY_MS[Math.min(lost, RETRY_MS.length - 1)];
+  lost += 1;
+  try {
+    await api("GET", "/dashboard/api/session"); // a session that ended shows the way to a new one
+  } catch (error) {
+    if (error.status === 401) return;
+  }
+  if (session.role && source === null) {
+    clearTimeout(timer);
+    timer = setTimeout(connect, wait);
+  }
 }
 
-const source = new EventSource("/dashboard/events");
-source.onopen = () => { byId("link").textContent = "live"; };
-source.onerror = () => { byId("link").textContent = "connection lost, trying again"; };
-source.onmessage = (event) => {
-  const data = JSON.parse(event.data);
-  offset = data.time - Date.now() / 1000;
-  byId("link").textContent = "live";
-  show(data);
-};
+function banner(text, tone) {
+  byId("banners").append(make("p", text, `banner ${tone}`));
+}
+
+function signedIn(found) {
+  Object.assign(session, { role: found.role, csrf: found.csrf });
+  byId("nav").hidden = byId("sign-out").hidden = false;
+  byId("banners").replaceChildren();
+  if (found.role !== "admin") banner(READ_ONLY, "warn");
+  if (found.insecure) {
+    banner("You came over plain http from another machine: whoever is on the way can read and change all of this."
+      + " Use TLS or `ssh -L`, see README.", "bad");
+  }
+}
+
+function signedOut(why) {
+  Object.assign(session, { role: null, csrf: null });
+  disconnect();
+  leave();
+  last = null;
+  byId("nav").hidden = byId("sign-out").hidden = true;
+  byId("banners").replaceChildren();
+  link("", "");
+  notice("");
+  document.title = "Sign in · XIM router";
+  const main = byId("main");
+  main.replaceChildren(make("h1", "Sign in"));
+  if (why) main.append(make("p", why, "bad"));
+  const box = main.appendChild(make("div", null, "empty"));
+  box.append(
+    make("p", "This dashboard opens by a link that works once. The router prints one when it starts; this makes another,"
+      + " on the router's machine:"),
+    make("pre", "xerotier-xim-agent router admin-link --data DIR"),
+    make("p", "Add --read-only for a link that lets somebody look and change nothing."),
+  );
+}
+
+async function start() {
+  const [name, token] = location.hash.replace(/^#\//, "").split("/");
+  let why = "";
+  if (name === "login") {
+    history.replaceState(null, "", "#/agents"); // it is of no use any more, so it need not stay in the history
+    try {
+      await api("POST", "/dashboard/api/login", { token: token || "" });
+    } catch (error) {
+      why = error.message;
+    }
+  }
+  try {
+    signedIn(await api("GET", "/dashboard/api/session"));
+  } catch (error) {
+    signedOut(why || (error.status === 401 ? "" : error.message));
+    return;
+  }
+  await route();
+  if (why) notice(`${why} You are signed in already.`, "warn");
+  connect();
+}
+
+byId("sign-out").addEventListener("click", async () => {
+  try {
+    await api("POST", "/dashboard/api/logout");
+    signedOut("");
+  } catch (error) {
+    notice(error.message, "bad");
+  }
+});
+document.querySelector(".skip").addEventListener("click", (event) => {
+  event.preventDefault(); // the hash is the page
+  byId("main").focus();
+});
+document.addEventListener("signed-out", (event) => signedOut(event.detail));
+document.addEventListener("visibilitychange", () => (document.hidden ? disconnect() : connect()));
+window.addEventListener("hashchange", async () => {
+  if (!session.role) { await start(); return; }
+  await route();
+  byId("main").focus(); // what was chosen is read out, and Tab goes on from there
+  scrollTo(0, 0);
+});
+await start();
