@@ -11,7 +11,6 @@ from types import ModuleType, SimpleNamespace
 from urllib.error import URLError
 
 import pytest
-from fakes.compose import build_module
 
 BUILD = Path(__file__).parents[2] / "build"
 PATH = "/usr/bin:/bin"
@@ -154,22 +153,6 @@ def test_the_engine_is_repaired_where_the_path_holds_a_space(
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=f"{site} 1.2\n"))
     engine_env.repair(tmp_path)
     assert (site / "vllm-1.2+cpu.dist-info/METADATA").exists()
-
-
-def test_the_demo_model_is_made_once_and_leaves_of_a_killed_run_go(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    demo = build_module("demo_model")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(demo, "fetch", lambda scratch: scratch / "x.gguf")
-    monkeypatch.setattr(demo, "convert", lambda gguf, target: target.mkdir())
-    (tmp_path / "xerotier/demo/.new-cut").mkdir(parents=True)
-    made = tmp_path / "xerotier/demo" / demo.NAME
-    for said in ("made", "already made"):
-        demo.main()
-        out, err = capsys.readouterr()
-        assert (out, err) == (f"{made}\n", f"demo-model: {said}: {made}\n")
-    assert sorted(path.name for path in made.parent.iterdir()) == [".lock", demo.NAME]
 
 
 @pytest.mark.parametrize(
