@@ -14,6 +14,7 @@ from fakes.dashboard import signed_in
 
 from xim_agent.cli.router import command
 from xim_agent.errors import AgentError
+from xim_agent.router.fleet import Agent, Duty
 
 HOSTILE = "<img src=x onerror=alert(1)>\u202e\x00\n"
 NAN, INF = float("nan"), float("inf")
@@ -207,6 +208,11 @@ async def test_drain_is_told_at_once_and_ends(bench: Bench, agent: FakeAgent, nu
     assert (found["drain"], found["status"]) == (False, "online")
     done = [(e["kind"], e["who"]) for e in found["events"] if e["who"]]
     assert done == [("undrained", by), ("drained", by)]
+
+
+def test_a_drained_agent_is_offered_nothing_whatever_it_says() -> None:
+    for drain, key in ((False, ("p", MODEL)), (True, None)):
+        assert Agent("a", Duty("p", drain=drain), serves=MODEL, phase="ready").key == key
 
 
 async def test_a_drained_agent_finishes_what_it_has(bench: Bench, agent: FakeAgent) -> None:

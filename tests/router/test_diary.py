@@ -114,6 +114,16 @@ def test_bounded_in_memory_and_in_order(steps: list[tuple[str, bool, str]]) -> N
     assert {e.kind for _, e in polls.diary.unwritten()} <= LASTING
 
 
+def test_an_agent_that_always_changes_takes_no_more_memory() -> None:
+    polls = Polls()
+    for number in range(3 * KEPT):
+        conditions = [Condition(code, "x", 1.0) for code in ("disk", "engine_failed")] if number % 2 else []
+        polls.poll(health=conditions)
+    kinds = [kind for kind, _ in said(polls.diary)]
+    assert len(kinds) == 2 * KEPT
+    assert kinds.count("engine_failed") == KEPT, "what matters is not pushed out by what does not"
+
+
 def test_an_agent_that_left_keeps_only_what_is_not_written() -> None:
     polls = Polls()
     polls.poll()
@@ -135,7 +145,10 @@ def test_an_agent_cannot_push_out_what_operators_did(store: Store) -> None:
         chronicle.record(store.db, [("a", 1.0, "suspended", "", "command"), ("b", 1.0, "connected", "", "")])
     for turn in range(3):
         store.save_seen({}, [("a", 2.0 + turn, "connected", str(n), "") for n in range(KEPT)])
-    kept = chronicle.recorded(store.db, "a")
+    with transaction(store.db):
+        chronicle.record(store.db, [("a", 9.0, "resumed", "", "dashboard")])
+    *kept, last = chronicle.recorded(store.db, "a")
+    assert last["kind"] == "resumed"
     assert (kept[0]["kind"], kept[0]["who"]) == ("suspended", "command")
     assert [(e["at"], e["text"]) for e in kept[1:]] == [(4.0, str(n)) for n in range(KEPT)]
     assert len(chronicle.recorded(store.db, "b")) == 1
