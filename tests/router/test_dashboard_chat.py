@@ -92,7 +92,8 @@ async def test_closing_the_request_ends_the_lease(
             await until(lambda: not queued().queued)
             assert (await agent.poll(wait_ms=0))["leases"] == []
         else:
-            assert await agent.until("cancel") == [lease["id"]]
+            with trio.fail_after(10):
+                assert await agent.until("cancel") == [lease["id"]]
 
 
 async def test_what_the_engine_and_the_router_say_comes_through(

@@ -8,7 +8,7 @@ import httpx
 import pytest
 import trio
 from click.testing import CliRunner
-from fakes.agent import MODEL, Bench, FakeAgent
+from fakes.agent import MODEL, Bench, FakeAgent, until
 from fakes.dashboard import signed_in
 
 from xim_agent.cli.router import command
@@ -77,6 +77,7 @@ async def test_a_model_goes_to_one_agent_and_back_and_it_hears_of_it(
 
     async with trio.open_nursery() as nursery:  # while it waits for work
         nursery.start_soon(wait)
+        await until(lambda: bench.router.dispatch.agents[agent.id].poll is not None)
         status, found = await do(http, "assign", model="other", agent=agent.id)
         assert status == 200
     assert heard[0] > before
