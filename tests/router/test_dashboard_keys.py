@@ -2,7 +2,9 @@
 
 import json
 import logging
+import sqlite3
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,7 +15,10 @@ from fakes.dashboard import signed_in
 
 from xim_agent.cli.router import command
 from xim_agent.identity.join_key import JoinKey
+from xim_agent.router import catalog
 from xim_agent.router.dashboard.parts import MAX_WRITE
+from xim_agent.router.sql import digest
+from xim_agent.router.store import FILE, Store
 
 JOIN, KEYS = "/dashboard/api/join-keys", "/dashboard/api/keys"
 READS = [JOIN, KEYS, "/dashboard/api/models", "/dashboard/agents.json"]
@@ -135,9 +140,9 @@ async def test_an_api_key_opens_the_api_until_it_is_revoked(bench: Bench) -> Non
         assert (await client.get("/v1/models")).status_code == 401
 
 
-def test_api_keys_by_command(bench_free_directory: str) -> None:
+def test_api_keys_by_command(tmp_path: Path) -> None:
     def run(*words: str) -> Any:
-        return CliRunner().invoke(command, ["api-key", *words, "--data", bench_free_directory], catch_exceptions=False)
+        return CliRunner().invoke(command, ["api-key", *words, "--data", str(tmp_path)], catch_exceptions=False)
 
     key = run("create", "--project", "acme", "--name", "blog").stdout.strip()
     (row,) = json.loads(run("ls", "--json").stdout)
@@ -145,11 +150,6 @@ def test_api_keys_by_command(bench_free_directory: str) -> None:
     assert key not in run("ls").stdout
     assert "revoked" in run("revoke", row["id"]).stderr
     assert json.loads(run("ls", "--json").stdout)[0]["state"] == "revoked"
-
-
-@pytest.fixture
-def bench_free_directory(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tmp_path_factory.mktemp("router"))
 
 
 async def test_what_is_refused_names_the_field_and_changes_nothing(bench: Bench) -> None:
@@ -195,3 +195,18 @@ async def test_keys_are_in_one_reply_and_nowhere_else(bench: Bench, caplog: pyte
     texts += [caplog.text, str([vars(record) for record in caplog.records]), "\n".join(bench.store.db.iterdump())]
     assert MODEL in "".join(texts)
     assert not [secret for secret in secrets if any(secret in text for text in texts)]
+
+
+def test_keys_of_an_older_router_still_open_the_api(tmp_path: Path) -> None:
+    old = sqlite3.connect(tmp_path / FILE)
+    old.execute(
+        "CREATE TABLE api_keys(hash BLOB PRIMARY KEY, project TEXT NOT NULL, created REAL NOT NULL, revoked REAL)"
+    )
+    old.execute("INSERT INTO api_keys VALUES(?, 'acme', 5.0, NULL)", (digest(b"sk-xim-old"),))
+    old.commit()
+    old.close()
+    for _ in range(2):
+        with Store.open(tmp_path) as store:
+            assert catalog.find_api_key(store.db, "sk-xim-old") == (digest(b"sk-xim-old"), "acme")
+            (row,) = catalog.api_keys(store.db)
+            assert (row["state"], row["name"], row["beginning"], row["last_used"]) == ("valid", "", "", None)
