@@ -70,3 +70,16 @@ def test_texts_of_agents_and_operators_stay_texts(world: World, visit: Visit) ->
     for kind in ("picture", "script", "attribute", "address", "style", "entity", "template"):
         assert TEXTS[kind] in seen
     assert "\u202e" not in seen
+
+
+def test_answers_of_a_model_and_questions_stay_texts(world: World, visit: Visit) -> None:
+    world.publish("toy")
+    world.agent().texts = [f"{text}\n" for text in TEXTS.values()]
+    visitor = visit()
+    answer = visitor.ask(" ".join(TEXTS.values()), "toy")
+    for kind in ("picture", "script", "attribute", "address", "style", "entity", "template", "long"):
+        assert TEXTS[kind] in answer
+    for width in (WIDE, NARROW):
+        visitor.look(width)
+        assert not visitor.page.evaluate(_MADE)
+        assert not visitor.overflow()

@@ -34,7 +34,7 @@ def test_a_router_that_restarts_is_found_again(world: World, visit: Visit) -> No
     newcomer.kill()
 
 
-@pytest.mark.parametrize("world", [Limits(grace=0.0, disconnected=3.0, dead=6.0)], indirect=True)
+@pytest.mark.parametrize("world", [Limits(grace=0.0, disconnected=2.0, dead=4.0)], indirect=True)
 def test_an_agent_is_shown_as_it_lives_and_dies(world: World, visit: Visit) -> None:
     """To two people alike, who load nothing again; what takes the router minutes takes it seconds here."""
     world.publish("toy")

@@ -80,8 +80,9 @@ def pasted(stack: Stack, command: str) -> Process:
 @pytest.mark.full
 def test_the_whole_of_it_for_real(stack: Stack, browser: Browser) -> None:
     assert stack.router is not None
-    visitor = Visitor(browser, stack.url)
-    visitor.page.goto(printed_link(stack.router))
+    link = printed_link(stack.router)
+    visitor = Visitor(browser, link.partition("/dashboard/")[0])
+    visitor.page.goto(link)
     visitor.wait_live()
     shows_what_to_do_next(visitor)
 
