@@ -48,7 +48,7 @@ USER 5152:5152
 WORKDIR /var/lib/inference
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=15s --timeout=10s --start-period=60s --retries=3 \
-  CMD ["/opt/xerotier/xerotier-xim-agent", "healthcheck", "--metrics-port", "8080", "--path", "/"]
+  CMD ["/opt/xerotier/xerotier-xim-agent", "healthcheck", "--metrics-port", "8080", "--path", "/dashboard/"]
 ENTRYPOINT ["/opt/xerotier/xerotier-xim-agent", "router"]
 # Agents find it by this name on a network of containers; another --public-url for others.
 CMD ["serve", "--listen", "0.0.0.0:8080", "--public-url", "http://router:8080", "--data", "/var/lib/router"]

@@ -74,7 +74,7 @@ def test_how_it_runs(name: str) -> None:
     assert stage["USER"][-1] == "5152:5152"
     assert stage["STOPSIGNAL"] == ["SIGTERM"]
     assert stage["ENTRYPOINT"] == [f'["{program}", "{"run" if name in AGENTS else "router"}"]']
-    asked = "" if name in AGENTS else ', "--metrics-port", "8080", "--path", "/"'
+    asked = "" if name in AGENTS else ', "--metrics-port", "8080", "--path", "/dashboard/"'
     assert stage["HEALTHCHECK"][0].endswith(f' CMD ["{program}", "healthcheck"{asked}]')
     assert "HOME=/var/lib/inference" in stage["ENV"][0]
     (label,) = stage["LABEL"]

@@ -48,7 +48,7 @@ def ask(path: str, flags: Mapping[str, Any]) -> tuple[int, str]:
 
 
 @click.command("healthcheck", cls=AgentCommand, only=frozenset(METRICS), help=_HELP)
-@click.option("--path", default="/readyz", show_default=True, help="What to ask for; of a router: /")
+@click.option("--path", default="/readyz", show_default=True, help="What to ask for; of a router: /dashboard/")
 def command(path: str, **flags: Any) -> int:
     status, text = ask(path, flags)
     if status == 200:
