@@ -306,6 +306,7 @@ def test_engine_killed_during_a_stream(ready: Stack, victim: tuple[str, ...]) ->
     assert ready.post("/v1/chat/completions", chat_body()).status_code == 200
 
 
+@pytest.mark.full
 def test_another_model_is_assigned_and_embeds(ready: Stack, tmp_path: Path) -> None:
     """The same weights as an embedding model: fetched while the old one serves, switched, and back again."""
     other = tmp_path / "toy-embed"

@@ -91,6 +91,8 @@ class Visitor:
 
     def look(self, width: int, scheme: str = "light") -> None:
         self.page.set_viewport_size({"width": width, "height": 900})
+        # A chart follows in the frame after the one that has the new width.
+        self.page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
         self.page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
 
     def wait_live(self) -> None:
