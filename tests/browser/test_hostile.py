@@ -62,6 +62,7 @@ def test_texts_of_agents_and_operators_stay_texts(world: World, visit: Visit) ->
     for text in TEXTS.values():
         world.publish(text, text, assigned=False)
         world.join_key(project=text)
+        world.api_key(text)
     visitor = visit()
     routes = ["agents", *(f"agents/{agent.id}" for agent in agents), "join", "models", "keys", "try"]
     assert not [wrong for route in routes for wrong in wrong_on(visitor, route)]

@@ -175,6 +175,9 @@ class World:
     def join_key(self, **changed: Any) -> str:
         return self.run_sync(lambda: self.bench.join_key(**changed))
 
+    def api_key(self, name: str) -> str:
+        return self.run_sync(lambda: catalog.create_api_key(self.bench.store.db, name, time.time(), name))
+
     def agent(self, name: str = "node", *, key: str = "", living: bool = True, **changed: Any) -> Living:
         """Enrolls one, with `key` or one of its own; `changed`: of its request. Not `living`: waits for `wake`."""
         about = {"name": name, "version": "1.2.3", "os": "linux", "arch": "x86_64", "hostname": name}
