@@ -22,7 +22,7 @@ CMD ["--config.file=/etc/prometheus/prometheus.yml", "--storage.tsdb.path=/prome
 """
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def docker(image_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Docker]:
     place = tmp_path_factory.mktemp("prometheus")
     (place / "Dockerfile").write_text(PROMETHEUS)
