@@ -212,3 +212,16 @@ async def running(
                 with trio.CancelScope(shield=True, deadline=trio.current_time() + 5):
                     for agent in bench.agents:
                         await agent.http.aclose()
+
+
+async def hold(bench: Bench, agent: FakeAgent, nursery: trio.Nursery) -> list[dict[str, Any]]:
+    """Returns once a poll is held; its reply will be in the list."""
+    replies: list[dict[str, Any]] = []
+
+    async def poll() -> None:
+        replies.append(await agent.poll())
+
+    await agent.poll(wait_ms=0)
+    nursery.start_soon(poll)
+    await until(lambda: bench.router.dispatch.agents[agent.id].poll)
+    return replies

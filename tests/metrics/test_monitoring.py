@@ -4,7 +4,6 @@ What needs Prometheus' own tools is in test_prometheus.py.
 """
 
 import json
-import os
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 from fakes.compose import build_module, rendered
 from fakes.monitoring import DASHBOARD, PLACE, queries, read, rules
+from fakes.readme import readme_part
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
@@ -20,7 +20,6 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 from xim_agent.config.fields import Config
 from xim_agent.metrics.names import METRICS, ROUTER_METRICS
 
-README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- alerts: written by tests/metrics/test_monitoring.py -->\n", "<!-- end of alerts -->\n"
 ALERTS = rules("alerts.yml")
 RECORDED = {rule["record"] for rule in rules("recording.yml")}
@@ -85,14 +84,8 @@ def table() -> str:
 
 def test_readme_has_cause_and_cure_of_every_alert() -> None:
     """To write it anew: XIM_WRITE_README=1."""
-    text = README.read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    wanted = before + BEGIN + table() + END + after
-    if os.environ.get("XIM_WRITE_README"):
-        README.write_text(wanted)
-    assert text == wanted
-    for anchor in re.findall(r"\]\(#([a-z-]+)\)", wanted):
+    text = readme_part(BEGIN, table(), END)
+    for anchor in re.findall(r"\]\(#([a-z-]+)\)", text):
         titles = [
             re.sub(r"[^a-z -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)", text, re.M)
         ]

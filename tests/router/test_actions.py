@@ -9,7 +9,7 @@ import httpx
 import pytest
 import trio
 from click.testing import CliRunner, Result
-from fakes.agent import MODEL, Bench, FakeAgent, answer, head, until
+from fakes.agent import MODEL, Bench, FakeAgent, answer, head, hold, until
 from fakes.dashboard import signed_in
 
 from xim_agent.cli.router import command
@@ -166,19 +166,6 @@ async def test_who_is_not_there(bench: Bench, agent: FakeAgent) -> None:
 
 
 # -- what an operator does --
-
-
-async def hold(bench: Bench, agent: FakeAgent, nursery: trio.Nursery) -> list[dict[str, Any]]:
-    """Returns once a poll is held; its reply will be in the list."""
-    replies: list[dict[str, Any]] = []
-
-    async def poll() -> None:
-        replies.append(await agent.poll())
-
-    await agent.poll(wait_ms=0)
-    nursery.start_soon(poll)
-    await until(lambda: bench.router.dispatch.agents[agent.id].poll)
-    return replies
 
 
 @pytest.mark.parametrize("by", ["dashboard", "command"])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import trio
 from click.testing import CliRunner, Result
-from fakes.agent import Bench, FakeAgent, until
+from fakes.agent import Bench, FakeAgent, hold, until
 
 from xim_agent.cli.router import command
 from xim_agent.cli.table import ago, plain
@@ -97,19 +97,6 @@ def test_times_for_people() -> None:
 
 
 # -- what a running router does about it --
-
-
-async def hold(bench: Bench, agent: FakeAgent, nursery: trio.Nursery) -> list[dict[str, Any]]:
-    """Returns once a poll is held; its reply will be in the list."""
-    replies: list[dict[str, Any]] = []
-
-    async def poll() -> None:
-        replies.append(await agent.poll())
-
-    await agent.poll(wait_ms=0)
-    nursery.start_soon(poll)
-    await until(lambda: bench.router.dispatch.agents[agent.id].poll)
-    return replies
 
 
 async def test_suspend_ends_the_held_poll_and_resume_brings_work_back(
