@@ -21,6 +21,7 @@ from pathlib import Path
 import httpx
 import pytest
 from fakes.place import Place, serving_router
+from fakes.readme import readme_part
 from fakes.stack import free_port, until
 from fakes.tls import certificate, named, server_context
 
@@ -31,7 +32,6 @@ from xim_agent.router.store import Store
 
 pytestmark = pytest.mark.e2e
 
-README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- causes: written by tests/e2e/test_causes.py -->\n", "<!-- end of causes -->\n"
 
 
@@ -382,10 +382,4 @@ def test_every_cause_has_a_name_of_its_own_and_a_next_step(rows: list[Row]) -> N
 
 
 def test_readme_has_the_table_that_these_cases_give(rows: list[Row]) -> None:
-    text = README.read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    made = before + BEGIN + table(rows) + END + after
-    if os.environ.get("XIM_WRITE_README"):
-        README.write_text(made)
-    assert README.read_text() == made
+    readme_part(BEGIN, table(rows), END)
