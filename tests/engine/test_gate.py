@@ -55,6 +55,7 @@ async def test_it_waits_until_the_memory_is_back(
         await service.wait_ready()
     assert card.asked == 3
     assert len(on_gpu.starts) == 1
+    assert os.sched_getscheduler(on_gpu.starts[0]) == os.SCHED_OTHER, "what feeds a GPU gives way to nobody"
     await service.stop()
 
 

@@ -41,6 +41,31 @@ async def test_a_program_runs_in_its_own_session_with_both_pipes(guard: Guard, r
     await child.aclose()
 
 
+def standing(pid: int) -> tuple[int, int, str]:
+    """How a process stands when others want its core: niceness, policy, and niceness of its session."""
+    session = Path(f"/proc/{pid}/autogroup")
+    words = session.read_text().split() if session.exists() else []
+    return os.getpriority(os.PRIO_PROCESS, pid), os.sched_getscheduler(pid), "".join(words[-1:])
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("policy", [os.SCHED_OTHER, os.SCHED_IDLE])
+async def test_in_the_background_it_gives_way_with_all_it_starts(
+    guard: Guard, runtime: Path, background: bool, policy: int
+) -> None:
+    os.sched_setscheduler(guard.pid, policy, os.sched_param(0))
+    nice, _, session = standing(guard.pid)
+    script = "setsid sleep 60 & sleep 60"
+    child = await guard.spawn(["/bin/sh", "-c", script], dict(os.environ), "/", nothing(runtime), background=background)
+    await until(lambda: len(descendants(child.pid)) == 2)
+    here = (nice + 5, os.SCHED_BATCH if policy == os.SCHED_OTHER else policy) if background else (nice, policy)
+    for process in [child.pid, *(p.pid for p in descendants(child.pid))]:
+        assert standing(process)[:2] == here, "what somebody chose for the agent stays"
+    assert standing(child.pid)[2] == (session and str(5 * background))
+    await guard.kill_all()
+    await child.aclose()
+
+
 async def test_what_cannot_be_executed_is_an_error(guard: Guard, runtime: Path) -> None:
     with pytest.raises(FileNotFoundError):
         await guard.spawn(["/nowhere"], {}, "/", nothing(runtime))

@@ -49,6 +49,7 @@ async def test_an_answer_and_a_clean_stop(bench: Bench, running: EngineService) 
     assert answer.endswith(b"data: [DONE]\n\n")
     assert running.ceiling == 32, "65536 tokens, as it says itself, hold 32 typical sequences of 2048"
     assert running.statistics().state == "ready"
+    assert os.sched_getscheduler(bench.starts[0]) == os.SCHED_BATCH, "on a CPU it gives way"
     await until(lambda: b"vllm:iteration_tokens_total_count" in running.metrics_text())
     await running.stop()
     assert running.state is EngineState.STOPPED

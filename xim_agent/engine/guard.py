@@ -128,13 +128,16 @@ class Guard:
         """Gives the guard a copy of a locked descriptor, which it keeps until it has cleaned up."""
         await self._call("hold", [fd])
 
-    async def spawn(self, argv: Sequence[str], env: Mapping[str, str], cwd: str, leftovers: Leftovers) -> Child:
-        """Starts a program in its own session, stdin /dev/null, both outputs as pipes.
+    async def spawn(
+        self, argv: Sequence[str], env: Mapping[str, str], cwd: str, leftovers: Leftovers, *, background: bool = False
+    ) -> Child:
+        """Starts a program in its own session, stdin /dev/null, both outputs as pipes; with `background` it gives way
+        to whatever else wants a core.
 
         `leftovers` names what is swept, and where that is noted, when the tree is gone. Raises OSError as `execve`
         does. Cancelled: the program may run; `kill_all` ends it.
         """
-        body = {"argv": list(argv), "env": dict(env), "cwd": cwd, "file": leftovers.file}
+        body = {"argv": list(argv), "env": dict(env), "cwd": cwd, "file": leftovers.file, "background": background}
         body |= {"sockets": leftovers.sockets, "scratch": leftovers.scratch}
         payload = os.memfd_create("spawn")  # argv and environment may be larger than a datagram
         pipes = [os.pipe2(os.O_CLOEXEC) for _ in range(3)]

@@ -92,7 +92,7 @@ class EngineRun:
     async def run(self, argv: Sequence[str], env: Mapping[str, str], cwd: str, leftovers: Leftovers) -> Ended:
         """Raises OSError when the launcher cannot be executed, and GuardLost. Cancelled: all is killed, within 5 s."""
         self._oom.look(trio.current_time())
-        child = await self._guard.spawn(argv, env, cwd, leftovers)
+        child = await self._guard.spawn(argv, env, cwd, leftovers, background=self._on_cpu)
         status = None
         try:
             async with trio.open_nursery() as nursery:
