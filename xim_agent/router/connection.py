@@ -93,6 +93,7 @@ class Connection:
                 self._http.can_read = self
                 await self._read()
         finally:
+            del self._http  # which knows us: see `heap` why circles are to be avoided
             with trio.move_on_after(1):
                 await self._stream.aclose()
 

@@ -15,7 +15,7 @@ from xim_agent.mesh.messages import MAX_INLINE_BODY, MAX_WAIT_MS, EventsReply, L
 from xim_agent.router import settle
 from xim_agent.router.board import Board
 from xim_agent.router.fleet import Agent, Duty, Poll
-from xim_agent.router.jobs import Job, Limits, Refused, failure
+from xim_agent.router.jobs import Grant, Job, Limits, Refused, failure
 from xim_agent.router.settle import Frame
 
 
@@ -160,10 +160,10 @@ class Dispatch:
             or any(g.cancel_due(now, repeat) or g.credit_due(now, repeat) for g in grants)
         ):
             return None
-        self._close(poll, now)
+        offered = self._close(poll, now)
         agent.told = told
         agent.foreign_told = now if foreign else agent.foreign_told
-        leases = self._leases(poll, now)
+        leases = self._leases(offered, now)
         return PollReply(
             leases=leases,
             credit={g.id: g.tell_credit(now) for g in grants if g.confirmed and not g.cancel},
@@ -177,8 +177,7 @@ class Dispatch:
         """The poll was closed or replaced: never answered. What was put into it goes elsewhere. Again does nothing."""
         if poll.closed:
             return
-        self._close(poll, now)
-        for grant in reversed(poll.grants):
+        for grant in reversed(self._close(poll, now)):
             self.board.take_back(poll.agent, grant, now)
         poll.wake()
         if poll.agent.key is not None:
@@ -272,21 +271,24 @@ class Dispatch:
         for grant in list(agent.grants.values()):
             settle.lost(self.board, agent, grant, "the agent was restarted", now)
 
-    def _close(self, poll: Poll, now: float) -> None:
+    def _close(self, poll: Poll, now: float) -> list[Grant]:
+        """What was put into it. The poll forgets that: `waiting` may know it for long, which must not keep bodies."""
         poll.closed = True
         agent = poll.agent
         agent.heard = now
         if agent.poll is poll:
             agent.poll = None
         # What was to be offered again may have shown in the meantime that it was received after all.
-        poll.grants = [g for g in poll.grants if agent.grants.get(g.id) is g and not g.confirmed]
+        offered = [g for g in poll.grants if agent.grants.get(g.id) is g and not g.confirmed]
+        poll.grants = []
         for lease in poll.held & agent.grants.keys():
             agent.grants[lease].expires = now + self.limits.ttl
+        return offered
 
-    def _leases(self, poll: Poll, now: float) -> list[Lease]:
+    def _leases(self, grants: list[Grant], now: float) -> list[Lease]:
         """Bodies travel inside while they fit; the others are fetched by the agent."""
         leases, left = [], self.limits.inline
-        for grant in poll.grants:
+        for grant in grants:
             size = len(grant.job.body)
             inside = size <= min(left, MAX_INLINE_BODY)
             left -= size if inside else 0

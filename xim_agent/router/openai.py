@@ -147,6 +147,7 @@ class Relay:
             self._dispatch.release(job, trio.current_time())
             self._count()
             log.debug("request", extra=self._hops())
+            job.grant = None  # which holds the job: in a circle both stay, body and all, until the collector comes
 
     def _count(self) -> None:
         first = None if self._first is None or self._job.buffered else self._first - self._received
