@@ -183,7 +183,7 @@ async def test_client_that_does_not_read_is_left(tmp_path: Path, nursery: trio.N
         nursery.cancel_scope.cancel()
 
 
-async def test_tls(tmp_path: Path, nursery: trio.Nursery) -> None:
+async def test_tls(tmp_path: Path, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture) -> None:
     cert, key = certificate(tmp_path, host="localhost")
     with Store.open(tmp_path / "router") as store:
         async with trio.open_nursery() as inner:
@@ -194,7 +194,12 @@ async def test_tls(tmp_path: Path, nursery: trio.Nursery) -> None:
             trusting = ssl.create_default_context(cafile=str(cert))
             async with httpx.AsyncClient(verify=trusting, trust_env=False) as http:
                 port = url.rpartition(":")[2]
+                async with await trio.open_tcp_stream("127.0.0.1", int(port)) as plain:
+                    await plain.send_all(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+                    while await plain.receive_some():
+                        pass
                 assert (await http.get(f"https://localhost:{port}/v1/models")).status_code == 401
+            assert [r.getMessage() for r in caplog.records if r.levelname not in ("DEBUG", "INFO")] == []
             inner.cancel_scope.cancel()
 
 

@@ -91,9 +91,11 @@ class Connection:
                     self._send,
                 )
                 self._http.can_read = self
-                await self._read()
+                try:
+                    await self._read()
+                finally:
+                    del self._http  # which knows us: see `heap` why circles are to be avoided
         finally:
-            del self._http  # which knows us: see `heap` why circles are to be avoided
             with trio.move_on_after(1):
                 await self._stream.aclose()
 
