@@ -159,7 +159,7 @@ async def test_an_answer_that_breaks_off_is_no_result(tmp_path: Path, answer: by
         nursery.cancel_scope.cancel()
 
 
-@pytest.mark.parametrize("body", [b"{", b"[]", b'"' + b"x" * 70_000 + b'"', b"\xff"])
+@pytest.mark.parametrize("body", [b"{", b"[]", b'"' + b"x" * 70_000 + b'"', b"\xff", b"[" * 60_000])
 async def test_a_request_that_is_none_is_refused(tmp_path: Path, body: bytes) -> None:
     async with serving(tmp_path / "c.sock", echo=echo):
         transport = httpx.AsyncHTTPTransport(uds=str(tmp_path / "c.sock"))
@@ -167,6 +167,24 @@ async def test_a_request_that_is_none_is_refused(tmp_path: Path, body: bytes) ->
             reply = await raw.post("http://agent/echo", content=body)
             assert (reply.status_code, json.loads(reply.content)["error"]["code"]) == (400, "control_request")
             assert (await raw.get("http://agent/echo")).status_code == 405
+
+
+async def test_half_a_request_is_not_done(tmp_path: Path) -> None:
+    """Whoever was stopped in the middle of asking for a drain has not asked for one."""
+    called: list[Any] = []
+
+    async def drain(arguments: Mapping[str, Any], report: Report) -> Any:
+        called.append(arguments)
+
+    async with serving(tmp_path / "c.sock", drain=drain, echo=echo):
+        async with await trio.open_unix_socket(tmp_path / "c.sock") as stream:
+            await stream.send_all(b"POST /drain HTTP/1.1\r\nhost: x\r\ncontent-length: 4\r\n\r\n{}")
+            await stream.send_eof()
+            with trio.fail_after(10):
+                while await stream.receive_some():
+                    pass
+        assert await client.call(tmp_path / "c.sock", "1", "echo", {}, ignore) == {}
+    assert called == []
 
 
 async def test_a_bug_in_a_call_is_logged_and_ends_no_other(tmp_path: Path, error_logs: list[Any]) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from xim_agent.engine.reader import MAX_HEAD, Malformed, Reader
+from xim_agent.engine.reader import CLOSED, MAX_HEAD, Malformed, Reader
 
 HEAD = b"HTTP/1.1 200 OK\r\nserver: uvicorn\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 ENDS = [b"0\r\n\r\n", b"0\r\nx-trailer: 1\r\n\r\n", b"000\r\n\r\n", b"0;x=y\r\n\r\n"]
@@ -88,6 +88,7 @@ heads = st.sampled_from(
         HEAD.replace(b"200 OK", b"204 No Content"),
         HEAD.replace(b"chunked", b"gzip, chunked"),
         HEAD.replace(b"HTTP/1.1", b"ICY"),
+        HEAD.replace(b"uvicorn", "Grüße".encode()),
         b"\r\n" + HEAD,
     ]
 )
@@ -105,6 +106,14 @@ def cut(data: bytes, at: list[int]) -> list[bytes]:
 @example(HEAD, b"3\r\nabcXX0\r\n\r\n", [len(HEAD) + 5])
 def test_as_h11_does(head: bytes, body: bytes, at: list[int]) -> None:
     assert by_reader(cut(head + body, at)) == by_h11(head + body)
+
+
+@pytest.mark.parametrize("head", [HEAD, HEAD.replace(b"transfer-encoding: chunked", b"content-length: 7"), HEAD[:9]])
+def test_a_connection_that_closes_is_called_that(head: bytes) -> None:
+    reader = asked()
+    reader.feed(head)
+    with pytest.raises(Malformed, match=f"^{CLOSED}$"):
+        reader.feed(b"")
 
 
 @given(st.binary(max_size=200), st.lists(st.integers(0, 1000), max_size=8), st.booleans())

@@ -506,6 +506,19 @@ async def test_which_headers_reach_the_engine(bench: Bench, agent: FakeAgent, nu
     assert agent.offered[1]["headers"] == {**passed, "content-type": "application/json"}
 
 
+async def test_what_comes_in_several_headers_of_one_name(bench: Bench, agent: FakeAgent, nursery: trio.Nursery) -> None:
+    """A trace's state may; of two parents none is to be believed (Trace Context §3.2)."""
+    parents = [f"00-{digit * 32}-{'2' * 16}-01" for digit in "13"]
+    for number, (given, parent) in enumerate(((parents[:1], parents[0]), (parents, None)), 1):
+        headers = [("tracestate", "a=b"), *(("traceparent", p) for p in given), ("tracestate", "c=d")]
+        nursery.start_soon(agent.serve_one, answer([b"{}"], kind=JSON))
+        async with bench.http() as http:
+            assert (await http.post("/v1/chat/completions", json=ASK, headers=headers)).status_code == 200
+        passed = agent.offered[number]["headers"]
+        assert passed.get("tracestate") == ("a=b, c=d" if parent else None)
+        assert passed["traceparent"] not in parents if parent is None else passed["traceparent"] == parent
+
+
 async def test_characters_split_between_pieces_arrive_as_they_are(
     bench: Bench, agent: FakeAgent, nursery: trio.Nursery
 ) -> None:

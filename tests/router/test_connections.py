@@ -1,5 +1,6 @@
 """How many connections a router holds, what happens to the next one, and how replies leave."""
 
+import json
 import logging
 import os
 import resource
@@ -8,9 +9,12 @@ import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import httpx
+import msgspec
 import pytest
 import trio
-from fakes.agent import Bench, FakeAgent, until
+import trio.testing
+from fakes.agent import MODEL, Bench, FakeAgent, head, until
 
 from xim_agent.router.server import MOST_FILES, TOLD, Server, raise_file_limit
 
@@ -59,6 +63,78 @@ async def test_one_connection_too_many(bench: Bench, port: int, caplog: pytest.L
                 late = await trio.open_tcp_stream("127.0.0.1", port)
         assert reply.startswith("HTTP/1.1 200"), "there is room again"
         await late.aclose()
+
+
+class Stoppable:
+    """The same router behind one more listener, which is stopped as the process would stop it."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._router = bench.router
+        self.scope = trio.CancelScope()
+
+    async def run(self, task_status: trio.TaskStatus[int]) -> None:
+        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        task_status.started(listener.socket.getsockname()[1])
+        with self.scope:
+            await trio.serve_listeners(Server(self._router).connection, [listener])
+
+
+async def test_who_waits_when_the_router_is_stopped(bench: Bench, agent: FakeAgent, nursery: trio.Nursery) -> None:
+    """A held poll, a queued request and half a request have an answer that says why, and what to do."""
+    server = Stoppable(bench)
+    port = await nursery.start(server.run)
+    replies: list[tuple[str, str]] = []
+
+    async def wait(path: str, fields: str, body: bytes, missing: int = 0) -> None:
+        fields += f"host: x\r\ncontent-length: {len(body) + missing}\r\n\r\n"
+        async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+            await stream.send_all(f"POST {path} HTTP/1.1\r\n{fields}".encode() + body)
+            reply = b"".join([part async for part in stream])
+        first, _, rest = reply.decode().partition("\r\n\r\n")
+        replies.append((first, rest))
+
+    await agent.poll(wait_ms=0)
+    poll = {"boot": agent.boot, "n": agent.n + 1, "phase": "ready", "capacity": 0, "wait_ms": 20_000, "held": []}
+    poll |= {"model": agent.model, "ceiling": 4, "load": {}, "progress": None, "health": []}
+    own = f"authorization: Bearer {agent.token}\r\nxim-protocol: 1\r\n"
+    client = f"authorization: Bearer {bench.api_key}\r\n"
+    asked = b'{"model": "%s", "prompt": "x"}' % MODEL.encode()
+    dispatch = bench.router.dispatch
+    with trio.fail_after(10):
+        async with trio.open_nursery() as callers:
+            callers.start_soon(wait, "/v1/work/poll", own, msgspec.msgpack.encode(poll))
+            callers.start_soon(wait, "/v1/completions", client, asked)
+            callers.start_soon(wait, "/v1/completions", client, b'{"model":', 100)
+            await until(lambda: dispatch.agents[agent.id].poll and dispatch.statistics().queued)
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            server.scope.cancel()
+    for fields, body in replies:
+        assert fields.startswith("HTTP/1.1 503")
+        assert "connection: close" in fields
+        polled = "xim-protocol" in fields
+        assert ("retry-after" in fields) is not polled, "an agent comes back sooner by itself"
+        told = json.loads(body)
+        assert (told if polled else told["error"])["code"] == "router_stopping"
+    assert len(replies) == 3
+
+
+async def test_an_answer_that_has_begun_is_cut_when_the_router_is_stopped(
+    bench: Bench, agent: FakeAgent, nursery: trio.Nursery
+) -> None:
+    server, got = Stoppable(bench), b""
+    port = await nursery.start(server.run)
+    nursery.start_soon(agent.serve_one, [head(), [1, "data", b"data: 1\n\n"]])
+    body = {"model": MODEL, "prompt": "x", "stream": True}
+    url = f"http://127.0.0.1:{port}/v1/completions"
+    with trio.fail_after(10):
+        async with bench.http() as http, http.stream("POST", url, json=body) as reply:
+            try:
+                async for part in reply.aiter_bytes():
+                    got += part
+                    server.scope.cancel()
+            except httpx.RemoteProtocolError:
+                got += b"cut"
+    assert got == b"data: 1\n\ncut"
 
 
 async def test_connections_that_say_nothing_do_not_use_up_the_reserve(port: int) -> None:

@@ -110,6 +110,8 @@ class _Endpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             call, arguments = self._find(scope["path_params"]["name"]), await _arguments(receive)
+        except _Gone:
+            return
         except AgentError as e:
             await _start(send, 404 if e.code == "control_unknown" else 400)
             await _line(send, _error(e), last=True)
@@ -144,17 +146,24 @@ class _Said:
         self.value = value
 
 
+class _Gone(Exception):
+    """The client left before its request was complete: what it was about to ask is not done."""
+
+
 async def _arguments(receive: Receive) -> dict[str, Any]:
+    """Raises AgentError `control_request`, _Gone."""
     body, more = b"", True
     while more:
         message = await receive()
+        if message["type"] == "http.disconnect":
+            raise _Gone
         body += message.get("body", b"")
         more = message.get("more_body", False)
         if len(body) > MAX_BODY:
             raise AgentError("control_request", f"more than {MAX_BODY} bytes of arguments")
     try:
         value = json.loads(body or b"{}")
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise AgentError("control_request", f"the arguments are no JSON: {e}") from e
     if not isinstance(value, dict):
         raise AgentError("control_request", "the arguments are no object")

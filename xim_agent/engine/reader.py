@@ -15,6 +15,7 @@ MAX_HEAD = 100 * 1024
 # More hexadecimal digits than these are no chunk of vLLM.
 _SIZE = re.compile(rb"([0-9A-Fa-f]{1,7})\r\n")
 _PART_OF_SIZE = re.compile(rb"[0-9A-Fa-f]{1,7}\r?")
+CLOSED = "the connection was closed before the answer was complete"
 _BLANK_LINE = re.compile(rb"\n\r?\n")
 _CLIENT_HEADERS = [(b"accept", b"*/*"), (b"accept-encoding", b"identity"), (b"user-agent", b"xerotier-xim-agent")]
 
@@ -28,7 +29,10 @@ class Malformed(ValueError):
 
 
 class Reader:
-    """`status` is 0 until the head is there; `done` with the last byte of the body, and nothing may be fed then."""
+    """`status` is 0 until the head is there; `done` with the last byte of the body, and nothing may be fed then.
+
+    `headers` by lower-case name, latin-1: sent on as that, the client gets the bytes that came, whatever they mean.
+    """
 
     def __init__(self) -> None:
         self.status = 0
@@ -58,7 +62,7 @@ class Reader:
         if not self._plain:
             return self._by_h11(data) if self.status else self._head(data)
         if not data:
-            raise Malformed("the connection was closed before the answer was complete")
+            raise Malformed(CLOSED)
         if self._rest:
             data, self._rest = self._rest + data, b""
         if self._left:
@@ -150,19 +154,12 @@ class Reader:
                 elif not isinstance(event, h11.InformationalResponse):
                     raise Malformed("the connection was closed without an answer")
         except h11.RemoteProtocolError as error:
-            raise Malformed(str(error), b"".join(parts)) from None
+            raise Malformed(str(error) if data else CLOSED, b"".join(parts)) from None
 
     def _begins(self, head: h11.Response) -> None:
         self.status = head.status_code
         pairs: dict[str, list[str]] = {}
         for name, value in head.headers:
-            pairs.setdefault(name.decode("ascii"), []).append(_text(value))
+            pairs.setdefault(name.decode("ascii"), []).append(value.decode("latin-1"))
         self.headers = {name: ", ".join(values) for name, values in pairs.items()}
         self._plain = "transfer-encoding" in self.headers and self.status not in (204, 304)
-
-
-def _text(value: bytes) -> str:
-    try:
-        return value.decode("utf-8")
-    except UnicodeDecodeError:
-        return value.decode("latin-1")

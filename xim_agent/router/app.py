@@ -1,6 +1,7 @@
 """The local router as an ASGI application, and the server around it."""
 
 import logging
+import math
 import sqlite3
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -32,7 +33,7 @@ from xim_agent.router.dispatch import Dispatch
 from xim_agent.router.incoming import Gone, Incoming, Replay, TooLarge
 from xim_agent.router.jobs import Limits
 from xim_agent.router.openai import ClientApi
-from xim_agent.router.replies import ApiError, error_response, not_found, with_protocol
+from xim_agent.router.replies import ApiError, error_response, not_found, stopping, with_protocol
 from xim_agent.router.server import Server, bound_url, everywhere, open_tls, parse_listen
 from xim_agent.router.store import Store
 from xim_agent.router.tokens import Problem
@@ -41,6 +42,7 @@ log = logging.getLogger("xim_agent.router")
 
 TICK_SECONDS = 0.25
 SEEN_SECONDS = 15.0
+LAST_WORD_SECONDS = 1.0  # for a caller that does not read
 MAX_TOKEN = 4096  # bytes of a login
 Who = TypeVar("Who")
 
@@ -62,7 +64,14 @@ class Endpoint(Generic[Who]):
     waits: bool = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        send = with_protocol(send) if self.agents else send
+        try:
+            await self._call(scope, receive, with_protocol(send) if self.agents else send)
+        finally:
+            if trio.current_effective_deadline() == -math.inf:  # not the caller left, that ends in `_call`
+                with trio.move_on_after(LAST_WORD_SECONDS, shield=True):
+                    await stopping(scope, receive, send)
+
+    async def _call(self, scope: Scope, receive: Receive, send: Send) -> None:
         incoming = Incoming(receive)
         try:
             try:

@@ -68,9 +68,11 @@ class ClientApi:
             raise ApiError(400, "invalid_request", f"The body is no JSON request: {error}") from None
         model = self._model(asked.model)
         watch = Watch()
-        headers = {
-            name: value for name, value in request.headers.items() if name in _PASSED or name.startswith("x-slo-")
-        }
+        headers: dict[str, str] = {}
+        for name, value in request.headers.items():
+            if name in _PASSED or name.startswith("x-slo-"):
+                # What comes twice is one list (RFC 9110 §5.3): of `tracestate` it is meant so, two parents are none.
+                headers[name] = f"{headers[name]}, {value}" if name in headers else value
         name = f"req-{secrets.token_hex(12)}"
         job = Job(
             request=name,

@@ -4,8 +4,10 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
+from hypercorn.utils import UnexpectedMessageError
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
@@ -137,8 +139,22 @@ async def full(scope: Scope, receive: Receive, send: Send) -> None:
     except Gone:
         return
     text = "as many connections are open as this router may have; try again"
+    await _unavailable("router_full", text, 5, scope, receive, send)
+
+
+async def stopping(scope: Scope, receive: Receive, send: Send) -> None:
+    """For every caller that has no reply yet when the router is stopped. One whose reply has begun is cut off.
+
+    An agent is told no time: by itself it tries again sooner than any that could be promised.
+    """
+    with suppress(UnexpectedMessageError):
+        text = "the router is stopping; try again"
+        await _unavailable("router_stopping", text, None if _by_agent(scope) else 1, scope, receive, send)
+
+
+async def _unavailable(code: str, text: str, again: int | None, scope: Scope, receive: Receive, send: Send) -> None:
     agent = _by_agent(scope)
-    error = Problem(503, "router_full", text, retry_after=5) if agent else ApiError(503, "router_full", text, 5)
+    error = Problem(503, code, text, retry_after=again) if agent else ApiError(503, code, text, again)
     response = error_response(error)
     response.headers["connection"] = "close"
     await response(scope, receive, with_protocol(send) if agent else send)
