@@ -43,7 +43,18 @@ class Board:
         """Whether an agent serves it now, busy or not."""
         return any(a.key == key and a.may_serve(key, now, self.limits) for a in self.agents.values())
 
-    def give_up(self, job: Job, ready: bool, now: float) -> None:
+    def expire(self, key: Key, now: float) -> None:
+        """Ends the waiting jobs whose time is over, or for which there is no hope."""
+        jobs = self.queues.jobs(key)
+        hope = {e: self.hope(key, e, now) for e in {job.expected for job in jobs}}
+        ready: bool | None = None
+        for job in jobs:
+            over = now - job.queued_since >= self.limits.queue_wait or now >= job.deadline
+            if over or not hope[job.expected]:
+                ready = self.ready(key, now) if ready is None else ready
+                self._give_up(job, ready, now)
+
+    def _give_up(self, job: Job, ready: bool, now: float) -> None:
         """Takes a job out of its queue with the reason why nobody took it. `ready`: of its key."""
         self.queues.remove(job)
         if now >= job.deadline:

@@ -49,7 +49,10 @@ class Incoming:
 
 
 class Replay:
-    """`receive` for a handler: the body, then nothing; the caller's leaving arrives as a cancellation."""
+    """`receive` for a handler: the body, then nothing; the caller's leaving arrives as a cancellation.
+
+    It gives the body away: whoever has one for as long as an answer takes does not have 32 MiB with it.
+    """
 
     def __init__(self, body: bytes) -> None:
         self._body: bytes | None = body

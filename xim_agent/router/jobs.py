@@ -77,7 +77,8 @@ class Job:
     """One request of a client. The dispatcher fills in what follows `expected`, and calls `wake` after a change.
 
     `expected`: an agent ought to serve it, though none may have come back since the router started.
-    `committed`: something of the answer has reached the client, so no other agent may answer.
+    `committed`: something of the answer has reached the client, so no other agent may answer. `body`: empty once no
+    agent can need it any more.
     """
 
     request: str

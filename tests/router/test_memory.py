@@ -1,0 +1,85 @@
+"""What a router keeps of requests and answers, and until when: a body may have 32 MiB, an answer take half an hour."""
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import trio
+from fakes.agent import MODEL, Bench, FakeAgent, answer, running
+from fakes.dispatching import World, head
+from fakes.garbage import watched
+
+from xim_agent.router.jobs import Limits
+
+SIZE = 8 << 20
+
+
+@pytest.fixture
+async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
+    async with running(tmp_path / "router", Limits(grace=0.0)) as bench:
+        yield bench
+
+
+@pytest.fixture
+async def agent(bench: Bench) -> FakeAgent:
+    agent = await bench.agent()
+    await agent.poll()
+    return agent
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+async def test_a_body_is_there_once_and_until_the_client_has_data(bench: Bench, agent: FakeAgent) -> None:
+    body = json.dumps({"model": MODEL, "stream": True, "prompt": "x" * SIZE}).encode()
+    request = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {bench.api_key}\r\n"
+    frames = answer([b"data: 1\n\n", b"data: 2\n\n"])
+    async with await trio.open_tcp_stream("127.0.0.1", int(bench.url.rpartition(":")[2])) as client:
+        with watched(SIZE) as kept:
+            await client.send_all(f"{request}content-length: {len(body)}\r\n\r\n".encode())
+            await client.send_all(body)
+            lease = await agent.take()
+            url = f"{bench.url}/v1/work/leases/{lease['request']}/body"
+            async with agent.http.stream("GET", url) as reply:
+                assert sum([len(piece) async for piece in reply.aiter_bytes(65536)]) == len(body)
+            await agent.events(lease["id"], frames[:1])
+            assert len(kept()) == 1, "another agent may have to answer"
+            await agent.events(lease["id"], frames[1:2])
+            await received(client, b"data: 1\n\n")
+            assert not kept()
+        assert (await agent.http.get(url)).json()["code"] == "lease_unknown"
+        await agent.events(lease["id"], frames[2:])
+        await received(client, b"data: 2\n\n")
+
+
+async def received(client: trio.SocketStream, end: bytes) -> None:
+    """Until the client has a chunk that ends so."""
+    data = b""
+    with trio.fail_after(10):
+        while end not in data:
+            data += await client.receive_some()
+
+
+def test_what_nobody_takes_is_dropped_with_the_client(world: World) -> None:
+    """The lease goes on until the agent says that it ended, or is not heard of for a while."""
+    job, lease = world.leased(body=b"{}")
+    world.events((lease, 0, head(200, {})), (lease, 1, b"x"))
+    assert (job.body, list(job.chunks)) == (b"{}", [b"x"]), "it is no stream: kept until its end"
+    world.dispatch.release(job, world.now)
+    world.events((lease, 2, b"x"))
+    assert world.dispatch.agents["a"].grants[lease].job is job
+    assert (job.body, list(job.chunks)) == (b"", [])
+
+
+def test_bodies_that_wait_are_counted_until_they_are_dropped(world: World) -> None:
+    world.answer(world.poll(capacity=0))
+    jobs = [world.submit(body=b"x" * size) for size in (1, 10, 100)]
+    assert world.dispatch.board.queues.bytes == 111
+    world.dispatch.release(jobs[1], world.now)
+    assert world.dispatch.board.queues.bytes == 101
+    assert len(world.answer(world.poll(capacity=2)).leases) == 2
+    assert world.dispatch.board.queues.bytes == 0
+    assert [job.body for job in jobs] == [b"x", b"", b"x" * 100]
