@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import trio
 from fakes.agent import MODEL, Bench, FakeAgent, answer, running
-from fakes.dispatching import World, head
+from fakes.dispatching import World, head, stream
 from fakes.garbage import watched
 
 from xim_agent.router.jobs import Limits
@@ -83,3 +83,52 @@ def test_bodies_that_wait_are_counted_until_they_are_dropped(world: World) -> No
     assert len(world.answer(world.poll(capacity=2)).leases) == 2
     assert world.dispatch.board.queues.bytes == 0
     assert [job.body for job in jobs] == [b"x", b"", b"x" * 100]
+
+
+def test_endings_of_a_dead_agent_are_not_remembered(world: World) -> None:
+    _, lease = world.leased()
+    frames = stream(lease, [b"x"])
+    assert world.events(*frames).acked == {lease: 2}
+    world.pass_time(500)
+    assert world.events(frames[-1]).acked == {lease: 2}, "it may not have heard of that"
+    world.pass_time(700)
+    assert not world.dispatch.agents["a"].finished
+    assert world.events(frames[-1]).unknown == [lease], "that settles it as well"
+
+
+def test_an_agent_silent_for_a_day_is_forgotten() -> None:
+    world = World(Limits(ttl=1e6))
+    agents, diary = world.dispatch.agents, world.dispatch.board.diary
+    world.leased()
+    world.ready("waits")
+    for phase in ("starting", "degraded"):
+        world.answer(world.poll("quiet", phase=phase, wait_ms=0))
+    diary.written()
+    world.pass_time(86_000)
+    assert set(agents) == {"a", "waits", "quiet"}
+    assert diary.of("quiet")
+    world.pass_time(401)
+    assert set(agents) == {"a", "waits"}, "it is not silent, or has a lease that goes on"
+    assert not diary.of("quiet")
+
+
+def test_a_forgotten_agent_comes_back_as_after_a_restart_of_the_router(world: World) -> None:
+    _, before = world.leased()
+    world.events(*stream(before, [b"x"]))
+    world.pass_time(90_000)
+    assert not world.dispatch.agents
+    reply = world.answer(world.poll(held=[before]))
+    assert (reply.generation, reply.cancel) == (1, [before])
+    poll, job = world.poll(), world.submit()
+    (lease,) = world.answer(poll).leases
+    assert lease.request == job.request
+    assert lease.id != before, "the same process may know that one"
+
+
+def test_who_is_to_be_forgotten_is_looked_for_once_a_minute(world: World) -> None:
+    world.answer(world.poll(capacity=0))
+    world.pass_time(86_350)
+    world.pass_time(59)
+    assert world.dispatch.agents
+    world.pass_time(1)
+    assert not world.dispatch.agents

@@ -239,6 +239,7 @@ class Dispatch:
         for key in self.board.queues.waiting():
             self.board.expire(key, now)
             self.board.place(key, now)
+        self.board.forget(now)
 
     def statistics(self) -> DispatchStatistics:
         running = sum(len(a.grants) for a in self.agents.values())
