@@ -8,7 +8,7 @@ from typing import Protocol
 import httpx
 import trio
 
-from xim_agent.engine.poison import Poison, Poisonous, mark
+from xim_agent.engine.poison import Losses, Poison, Poisonous, mark
 from xim_agent.engine.reader import Malformed
 from xim_agent.engine.salt import salted
 from xim_agent.engine.streams import Connection, Streams
@@ -16,7 +16,6 @@ from xim_agent.errors import AgentError
 from xim_agent.mesh.trace import trace_id
 
 ONE_PACKET = 64 * 1024
-LOSS_SECONDS = 10.0  # from the end of vLLM's engine core to that of its API server (it looks every 5 s)
 
 
 class EngineLost(AgentError):
@@ -121,7 +120,7 @@ class EngineClient:
         self.streams = Streams()
         self._socket: str | None = None
         self._running: dict[object, tuple[str, bytes]] = {}
-        self._lost: dict[bytes, float] = {}  # mark → when
+        self._lost = Losses()
 
     @property
     def streamed(self) -> int:
@@ -132,7 +131,7 @@ class EngineClient:
         return len(self._running)
 
     def attach(self, socket: str) -> None:
-        self._lost.clear()
+        self._lost = Losses()
         self._socket = socket
 
     def detach(self) -> None:
@@ -146,11 +145,10 @@ class EngineClient:
 
         The end of an engine core reaches the requests before us: those it cut a moment ago were running too.
         """
-        recent = trio.current_time() - LOSS_SECONDS
-        return self.poison.crashed(request for request, at in self._lost.items() if at > recent)
+        return self.poison.crashed(self._lost.recent(trio.current_time()))
 
     def _note_loss(self, path: str, body: bytes) -> None:
-        self._lost[mark(path, body)] = trio.current_time()
+        self._lost.note(mark(path, body), trio.current_time())
 
     @asynccontextmanager
     async def open(
