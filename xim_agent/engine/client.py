@@ -168,7 +168,7 @@ class EngineClient:
         key = object()
         self._running[key] = path, body
         try:
-            async with self._replied(self._socket, path, headers, self._salted(path, body, tenant)) as reply:
+            async with self._replied(self._socket, path, headers, body, tenant) as reply:
                 yield reply
             if reply.status >= 500:
                 self._note_loss(path, body)
@@ -186,7 +186,7 @@ class EngineClient:
 
     @asynccontextmanager
     async def _replied(
-        self, socket: str, path: str, headers: Mapping[str, str], body: bytes
+        self, socket: str, path: str, headers: Mapping[str, str], body: bytes, tenant: str
     ) -> AsyncIterator[EngineReply]:
         try:
             with self.waits:
@@ -195,12 +195,16 @@ class EngineClient:
             raise EngineLost(repr(error)) from error
         try:
             with self.waits:
-                await self._ask(connection, path, headers, body)
+                # Salted, a body is a copy, which is gone once it is sent: the answer may take half an hour.
+                await self._send(connection, path, headers, self._salted(path, body, tenant))
+                await self.streams.wait(connection)
+            if not connection.reader.status:
+                raise EngineLost(connection.lost or "no answer")
             yield EngineReply(self, connection)
         finally:
             self.streams.close(connection)
 
-    async def _ask(self, connection: Connection, path: str, headers: Mapping[str, str], body: bytes) -> None:
+    async def _send(self, connection: Connection, path: str, headers: Mapping[str, str], body: bytes) -> None:
         connection.trace = trace_id(headers.get("traceparent", "")) or ""
         try:
             head = connection.reader.request(path, dict(headers), body)
@@ -210,6 +214,3 @@ class EngineClient:
         parts = (head + body,) if len(body) <= ONE_PACKET else (head, body)
         for part in parts:
             await self.streams.send(connection, part)
-        await self.streams.wait(connection)
-        if not connection.reader.status:
-            raise EngineLost(connection.lost or "no answer")
