@@ -3,6 +3,7 @@
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -10,7 +11,10 @@ from fakes.agent import MODEL, Bench, FakeAgent, answer, running
 from fakes.dispatching import World, head, stream
 from fakes.garbage import watched
 
+from xim_agent.router.app import Endpoint
+from xim_agent.router.incoming import PATIENCE_SECONDS
 from xim_agent.router.jobs import Limits
+from xim_agent.router.replies import ApiError
 
 SIZE = 8 << 20
 
@@ -132,3 +136,70 @@ def test_who_is_to_be_forgotten_is_looked_for_once_a_minute(world: World) -> Non
     assert world.dispatch.agents
     world.pass_time(1)
     assert not world.dispatch.agents
+
+
+class Sends:
+    """A call whose body comes in parts of SIZE bytes: before each a pause of so many seconds, and silence at last.
+
+    `kept`: of the parts that came before, at each time when more is waited for.
+    """
+
+    def __init__(self, *pauses: float) -> None:
+        self.pauses = list(pauses)
+        self.kept: list[int] = []
+        self.status: int | None = None
+
+    async def run(self, *, limit: int = 1 << 30, refused: bool = False) -> float:
+        """Until the router gives up; returns how many seconds that took."""
+        began = trio.current_time()
+
+        def admit(_: object) -> None:
+            if refused:
+                raise ApiError(401, "invalid_api_key", "no")
+
+        async def handle(request: Any, _: None) -> Any:
+            raise ApiError(418, "teapot", f"{len(await request.body())}")
+
+        with trio.fail_after(3600), watched(SIZE) as kept:
+            self._count = kept
+            endpoint = Endpoint(frozenset({"POST"}), limit, admit, handle)
+            scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
+            await endpoint(scope, self._receive, self._send)
+            assert not kept()
+        return trio.current_time() - began
+
+    async def _receive(self) -> Any:
+        self.kept.append(len(self._count()))
+        if not self.pauses:
+            await trio.sleep_forever()
+        await trio.sleep(self.pauses.pop(0))
+        return {"type": "http.request", "body": bytes(SIZE), "more_body": True}
+
+    async def _send(self, message: Any) -> None:
+        self.status = message.get("status", self.status)
+
+
+@pytest.mark.parametrize("refused", [False, True])
+async def test_a_client_that_falls_silent_in_its_request_is_given_up(refused: bool, autojump_clock: Any) -> None:
+    sends = Sends(0, PATIENCE_SECONDS - 1, PATIENCE_SECONDS - 1)
+    assert await sends.run(refused=refused) == 3 * PATIENCE_SECONDS - 2
+    assert sends.kept == ([0, 0, 0, 0] if refused else [0, 1, 2, 3])
+    assert sends.status is None
+
+
+async def test_what_came_of_a_body_that_is_too_large_is_not_kept_while_the_rest_comes(autojump_clock: Any) -> None:
+    sends = Sends(0, 0, 0, 0)
+    await sends.run(limit=2 * SIZE)
+    assert sends.kept == [0, 1, 2, 0, 0]
+
+
+async def test_the_connection_of_such_a_client_is_closed(tmp_path: Path, autojump_clock: Any) -> None:
+    async with running(tmp_path / "router") as bench:
+        began = trio.current_time()
+        async with await trio.open_tcp_stream("127.0.0.1", int(bench.url.rpartition(":")[2])) as client:
+            fields = f"host: x\r\nauthorization: Bearer {bench.api_key}\r\ncontent-length: 9\r\n\r\n"
+            await client.send_all(f"POST /v1/completions HTTP/1.1\r\n{fields}half".encode())
+            with trio.fail_after(600):
+                while await client.receive_some():
+                    pass
+        assert PATIENCE_SECONDS <= trio.current_time() - began < PATIENCE_SECONDS + 2
