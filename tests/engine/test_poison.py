@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xim_agent.engine.poison import MOST, Poison, mark
+from xim_agent.engine.poison import LOSS_SECONDS, MOST, Losses, Poison, mark
 
 REQUESTS = st.sets(st.sampled_from([bytes([n]) for n in range(6)]), max_size=4)
 
@@ -37,3 +37,21 @@ def test_what_is_remembered_is_bounded() -> None:
             poison.crashed([n.to_bytes(4, "big")])
     refused = [n for n in range(MOST + 5) if poison.refuses(n.to_bytes(4, "big"))]
     assert refused == list(range(5, MOST + 5))
+
+
+def test_a_loss_is_remembered_for_as_long_as_the_engine_may_take_to_end() -> None:
+    losses = Losses()
+    losses.note(b"again and again", 0.0)
+    losses.note(b"early", 1.0)
+    losses.note(b"again and again", 2.0)
+    assert losses.recent(LOSS_SECONDS) == [b"early", b"again and again"]
+    assert losses.recent(LOSS_SECONDS + 1.0) == [b"again and again"]
+    assert losses.recent(LOSS_SECONDS + 2.0) == []
+
+
+def test_losses_of_an_engine_that_goes_on_are_not_kept() -> None:
+    """It answers with an error of its own, day after day, and does not end."""
+    losses = Losses()
+    for number in range(1000):
+        losses.note(b"%d" % number, float(number))
+    assert len(losses) == LOSS_SECONDS

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
+from fakes.garbage import watched
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -100,3 +102,29 @@ async def test_the_client_salts_for_a_tenant_when_there_is_a_secret(runtime: Pat
     assert await sent(EngineClient("secret"), runtime / "1", tenant="tenant") == b"{" + MEMBER + b"}"
     assert await sent(EngineClient("secret"), runtime / "2") == b"{}"
     assert await sent(EngineClient(), runtime / "3", tenant="tenant") == b"{}"
+
+
+async def test_the_salted_copy_is_gone_once_it_is_sent(runtime: Path, nursery: trio.Nursery) -> None:
+    """The request's own body stays, for its mark (`poison`)."""
+    body = json.dumps({"prompt": "x" * (8 << 20)}).encode()
+    before_the_head: list[list[str]] = []
+
+    async def answer(stream: trio.SocketStream) -> None:
+        last = b""
+        while not last.endswith(b"}"):
+            last = await stream.receive_some()
+        await trio.testing.wait_all_tasks_blocked()
+        before_the_head.append(kept())
+        await stream.send_all(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n")
+
+    client = EngineClient("secret")
+    with trio.socket.socket(trio.socket.AF_UNIX) as listener, watched(len(body)) as kept:
+        await listener.bind(str(runtime / "s"))
+        listener.listen(1)
+        nursery.start_soon(trio.serve_listeners, answer, [trio.SocketListener(listener)])
+        client.attach(str(runtime / "s"))
+        with trio.fail_after(10):
+            async with client.open(CHAT, {}, body, tenant="tenant"):
+                assert before_the_head == [[]]
+                assert kept() == []
+        nursery.cancel_scope.cancel()

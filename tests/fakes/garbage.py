@@ -1,8 +1,9 @@
 """What lives on after its end: because somebody still has it, or until the garbage collector comes."""
 
 import gc
+import tracemalloc
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -24,6 +25,20 @@ def none_left(*kinds: type) -> Iterator[None]:
         gc.enable()
     assert not circles, "they wait for the collector"
     assert not kept
+
+
+@contextmanager
+def watched(size: int) -> Iterator[Callable[[], list[str]]]:
+    """Gives what tells where the blocks of this many bytes or more were made that were made inside and are still there,
+    whoever has them."""
+    gc.collect()
+    tracemalloc.start(12)
+    try:
+        yield lambda: [
+            "\n".join(trace.traceback.format()) for trace in tracemalloc.take_snapshot().traces if trace.size >= size
+        ]
+    finally:
+        tracemalloc.stop()
 
 
 def _all_of(kinds: tuple[type, ...]) -> list[object]:

@@ -8,7 +8,7 @@ from typing import Protocol
 import httpx
 import trio
 
-from xim_agent.engine.poison import Poison, Poisonous, mark
+from xim_agent.engine.poison import Losses, Poison, Poisonous, mark
 from xim_agent.engine.reader import Malformed
 from xim_agent.engine.salt import salted
 from xim_agent.engine.streams import Connection, Streams
@@ -16,7 +16,6 @@ from xim_agent.errors import AgentError
 from xim_agent.mesh.trace import trace_id
 
 ONE_PACKET = 64 * 1024
-LOSS_SECONDS = 10.0  # from the end of vLLM's engine core to that of its API server (it looks every 5 s)
 
 
 class EngineLost(AgentError):
@@ -121,7 +120,7 @@ class EngineClient:
         self.streams = Streams()
         self._socket: str | None = None
         self._running: dict[object, tuple[str, bytes]] = {}
-        self._lost: dict[bytes, float] = {}  # mark → when
+        self._lost = Losses()
 
     @property
     def streamed(self) -> int:
@@ -132,7 +131,7 @@ class EngineClient:
         return len(self._running)
 
     def attach(self, socket: str) -> None:
-        self._lost.clear()
+        self._lost = Losses()
         self._socket = socket
 
     def detach(self) -> None:
@@ -146,11 +145,10 @@ class EngineClient:
 
         The end of an engine core reaches the requests before us: those it cut a moment ago were running too.
         """
-        recent = trio.current_time() - LOSS_SECONDS
-        return self.poison.crashed(request for request, at in self._lost.items() if at > recent)
+        return self.poison.crashed(self._lost.recent(trio.current_time()))
 
     def _note_loss(self, path: str, body: bytes) -> None:
-        self._lost[mark(path, body)] = trio.current_time()
+        self._lost.note(mark(path, body), trio.current_time())
 
     @asynccontextmanager
     async def open(
@@ -170,7 +168,7 @@ class EngineClient:
         key = object()
         self._running[key] = path, body
         try:
-            async with self._replied(self._socket, path, headers, self._salted(path, body, tenant)) as reply:
+            async with self._replied(self._socket, path, headers, body, tenant) as reply:
                 yield reply
             if reply.status >= 500:
                 self._note_loss(path, body)
@@ -188,7 +186,7 @@ class EngineClient:
 
     @asynccontextmanager
     async def _replied(
-        self, socket: str, path: str, headers: Mapping[str, str], body: bytes
+        self, socket: str, path: str, headers: Mapping[str, str], body: bytes, tenant: str
     ) -> AsyncIterator[EngineReply]:
         try:
             with self.waits:
@@ -197,12 +195,16 @@ class EngineClient:
             raise EngineLost(repr(error)) from error
         try:
             with self.waits:
-                await self._ask(connection, path, headers, body)
+                # Salted, a body is a copy, which is gone once it is sent: the answer may take half an hour.
+                await self._send(connection, path, headers, self._salted(path, body, tenant))
+                await self.streams.wait(connection)
+            if not connection.reader.status:
+                raise EngineLost(connection.lost or "no answer")
             yield EngineReply(self, connection)
         finally:
             self.streams.close(connection)
 
-    async def _ask(self, connection: Connection, path: str, headers: Mapping[str, str], body: bytes) -> None:
+    async def _send(self, connection: Connection, path: str, headers: Mapping[str, str], body: bytes) -> None:
         connection.trace = trace_id(headers.get("traceparent", "")) or ""
         try:
             head = connection.reader.request(path, dict(headers), body)
@@ -212,6 +214,3 @@ class EngineClient:
         parts = (head + body,) if len(body) <= ONE_PACKET else (head, body)
         for part in parts:
             await self.streams.send(connection, part)
-        await self.streams.wait(connection)
-        if not connection.reader.status:
-            raise EngineLost(connection.lost or "no answer")

@@ -5,11 +5,13 @@ known by its path and body: a client, or the router, that asks again asks with a
 """
 
 import hashlib
+from collections import OrderedDict
 from collections.abc import Iterable
 
 from xim_agent.errors import AgentError
 
 MOST = 1000  # refused at once; the oldest are forgotten first
+LOSS_SECONDS = 10.0  # from the end of vLLM's engine core to that of its API server (it looks every 5 s)
 
 
 class Poisonous(AgentError):
@@ -54,3 +56,28 @@ class Poison:
     def forget(self) -> None:
         self._suspects = frozenset()
         self._refused.clear()
+
+
+class Losses:
+    """Requests, by `mark`, whose answers were lost a moment ago: the engine may be about to end. `now`: in seconds, of
+    any clock that does not go back.
+    """
+
+    def __init__(self) -> None:
+        self._at: OrderedDict[bytes, float] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._at)
+
+    def note(self, request: bytes, now: float) -> None:
+        self._at[request] = now
+        self._at.move_to_end(request)
+        self._prune(now)
+
+    def recent(self, now: float) -> list[bytes]:
+        self._prune(now)
+        return list(self._at)
+
+    def _prune(self, now: float) -> None:
+        while self._at and next(iter(self._at.values())) <= now - LOSS_SECONDS:
+            self._at.popitem(last=False)

@@ -90,21 +90,21 @@ class Endpoint(Generic[Who]):
             await self._answer(scope, body, who, send)
             nursery.cancel_scope.cancel()
 
-    async def _answer(self, scope: Scope, body: bytes, who: Who, send: Send) -> None:
+    async def _answer(self, scope: Scope, body: Replay, who: Who, send: Send) -> None:
         reply: ASGIApp
         try:
-            reply = await self.handle(Request(scope, Replay(body)), who)
+            reply = await self.handle(Request(scope, body), who)
         except (Problem, ApiError, sqlite3.Error) as error:
             reply = self._refusal(error)
         await reply(scope, Replay(b""), send)
 
-    async def _enter(self, request: Request, incoming: Incoming) -> tuple[Who, bytes]:
+    async def _enter(self, request: Request, incoming: Incoming) -> tuple[Who, Replay]:
         if request.method not in self.methods:
             raise self._error(405, "method_not_allowed", f"{request.method} is not allowed here")
         who = self.admit(request)
         try:
             body = await incoming.read(self.limit)
-            return who, unpack(body, request.headers.get("content-encoding", ""), self.limit)
+            return who, Replay(unpack(body, request.headers.get("content-encoding", ""), self.limit))
         except TooLarge:
             raise self._error(413, "request_too_large", f"the body is larger than {self.limit} bytes") from None
         except ContentError as error:

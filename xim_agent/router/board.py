@@ -13,6 +13,7 @@ from xim_agent.router.waiting import Waiting
 
 ELSEWHERE = 5.0  # seconds a job that failed on one agent waits for another one
 SOON = 1.0  # an agent heard so recently is about to poll again
+FORGET = 60.0  # seconds from one look at who has been silent for long to the next
 
 
 class Board:
@@ -25,6 +26,7 @@ class Board:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.started = float("-inf")
+        self._forgot = 0.0
         self.agents: dict[str, Agent] = {}
         self.leased: dict[Agent, None] = {}
         self.waiting = Waiting()
@@ -43,7 +45,18 @@ class Board:
         """Whether an agent serves it now, busy or not."""
         return any(a.key == key and a.may_serve(key, now, self.limits) for a in self.agents.values())
 
-    def give_up(self, job: Job, ready: bool, now: float) -> None:
+    def expire(self, key: Key, now: float) -> None:
+        """Ends the waiting jobs whose time is over, or for which there is no hope."""
+        jobs = self.queues.jobs(key)
+        hope = {e: self.hope(key, e, now) for e in {job.expected for job in jobs}}
+        ready: bool | None = None
+        for job in jobs:
+            over = now - job.queued_since >= self.limits.queue_wait or now >= job.deadline
+            if over or not hope[job.expected]:
+                ready = self.ready(key, now) if ready is None else ready
+                self._give_up(job, ready, now)
+
+    def _give_up(self, job: Job, ready: bool, now: float) -> None:
         """Takes a job out of its queue with the reason why nobody took it. `ready`: of its key."""
         self.queues.remove(job)
         if now >= job.deadline:
@@ -155,6 +168,23 @@ class Board:
         self.drop(agent, grant)
         if agent.key is not None:
             self.place(agent.key, now)
+
+    def forget(self, now: float) -> None:
+        """To be called as often as one likes: what is of no use any more of agents that have been silent for long.
+
+        Endings that a dead one sends again are `unknown`, which settles them as well. One forgotten altogether begins
+        as after a restart of the router; who looks for it meanwhile finds it in the database.
+        """
+        if now - self._forgot < FORGET:
+            return
+        self._forgot = now
+        for agent in list(self.agents.values()):
+            silent = agent.silent(now)
+            if silent >= self.limits.dead:
+                agent.finished.clear()
+            if silent >= self.limits.forgotten and not agent.grants:
+                del self.agents[agent.id]
+                self.diary.left(agent.id)
 
     def wake(self, agent_id: str) -> None:
         """Has a held poll looked at again."""

@@ -78,7 +78,8 @@ class Dispatch:
         """What arrived of the answer since the last call. From here on the job is answered by this agent or by none."""
         data = job.chunks.popleft() if len(job.chunks) == 1 else b"".join(job.chunks)
         job.chunks.clear()
-        job.committed = job.committed or bool(data)
+        if data:
+            job.committed, job.body = True, b""  # which was for another agent
         return data
 
     def consumed(self, job: Job, count: int, now: float) -> None:
@@ -96,6 +97,8 @@ class Dispatch:
         if job.outcome is None:
             self.board.counts["cancelled"] += 1
         self.board.queues.remove(job)
+        job.body = b""  # the lease, which holds the job, may go on for a while
+        job.chunks.clear()
         if job.grant is not None:
             self.board.cancel(job.grant, now)
 
@@ -210,10 +213,10 @@ class Dispatch:
         self.board.diary.left(agent_id)
 
     def held_job(self, agent_id: str, request: str) -> Job | None:
-        """The job with this request id, if the agent holds its lease (for the body fetched apart)."""
+        """The job with this request id, if the agent holds its lease and the body is still there to be fetched."""
         agent = self.agents.get(agent_id)
         grants = agent.grants.values() if agent else ()
-        return next((g.job for g in grants if g.job.request == request), None)
+        return next((g.job for g in grants if g.job.request == request and g.job.body), None)
 
     # -- time --
 
@@ -234,15 +237,9 @@ class Dispatch:
             ):
                 agent.poll.wake()
         for key in self.board.queues.waiting():
-            jobs = self.board.queues.jobs(key)
-            hope = {e: self.board.hope(key, e, now) for e in {job.expected for job in jobs}}
-            ready: bool | None = None
-            for job in jobs:
-                over = now - job.queued_since >= self.limits.queue_wait or now >= job.deadline
-                if over or not hope[job.expected]:
-                    ready = self.board.ready(key, now) if ready is None else ready
-                    self.board.give_up(job, ready, now)
+            self.board.expire(key, now)
             self.board.place(key, now)
+        self.board.forget(now)
 
     def statistics(self) -> DispatchStatistics:
         running = sum(len(a.grants) for a in self.agents.values())

@@ -5,9 +5,11 @@ from starlette.types import Message, Receive
 
 from xim_agent.mesh.messages import MAX_BODY
 
+PATIENCE_SECONDS = 90.0  # a client that pauses for a minute still gets its answer
+
 
 class Gone(Exception):
-    """The caller left before its request was complete."""
+    """The caller left before its request was complete, or sends nothing more of it."""
 
 
 class TooLarge(Exception):
@@ -26,6 +28,7 @@ class Incoming:
             parts.append(await self._part())
             size += len(parts[-1])
             if size > limit:
+                parts.clear()  # or the exception has them while the rest is discarded
                 raise TooLarge
         return b"".join(parts)
 
@@ -41,15 +44,19 @@ class Incoming:
             pass
 
     async def _part(self) -> bytes:
-        message = await self._receive()
-        if message["type"] == "http.disconnect":
+        with trio.move_on_after(PATIENCE_SECONDS) as patience:
+            message = await self._receive()
+        if patience.cancelled_caught or message["type"] == "http.disconnect":
             raise Gone
         self._more = message.get("more_body", False)
         return bytes(message.get("body", b""))
 
 
 class Replay:
-    """`receive` for a handler: the body, then nothing; the caller's leaving arrives as a cancellation."""
+    """`receive` for a handler: the body, then nothing; the caller's leaving arrives as a cancellation.
+
+    It gives the body away: whoever has one for as long as an answer takes does not have 32 MiB with it.
+    """
 
     def __init__(self, body: bytes) -> None:
         self._body: bytes | None = body

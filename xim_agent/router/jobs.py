@@ -25,6 +25,7 @@ class Limits:
     buffered: int = 64 * MIB  # the largest answer that is not a stream
     disconnected: float = 75.0
     dead: float = 600.0
+    forgotten: float = 86_400.0  # an agent silent for so long is a new one when it comes back
     repeat: float = 1.0  # an unanswered cancel, or a credit that had no effect, is told again after this
     grace: float = 10.0  # after a start: agents need up to 2 s to come back, their clients wait so long
     inline: int = 48 * MIB  # bodies in one poll reply; the reply may have 64 MiB
@@ -77,7 +78,8 @@ class Job:
     """One request of a client. The dispatcher fills in what follows `expected`, and calls `wake` after a change.
 
     `expected`: an agent ought to serve it, though none may have come back since the router started.
-    `committed`: something of the answer has reached the client, so no other agent may answer.
+    `committed`: something of the answer has reached the client, so no other agent may answer. `body`: empty once no
+    agent can need it any more.
     """
 
     request: str

@@ -16,11 +16,11 @@ from hypercorn.config import Config as ServerConfig
 
 from xim_agent.errors import AgentError, Exit
 from xim_agent.router.connection import Connection
+from xim_agent.router.incoming import PATIENCE_SECONDS
 from xim_agent.router.replies import full
 
 log = logging.getLogger("xim_agent.router")
 
-PATIENCE_SECONDS = 90.0  # a client that pauses for a minute still gets its answer
 MOST_FILES = 1_048_576  # what the kernel itself allows a process by default
 RESERVED = 64  # open files that are no connections: the database, listeners, chunks that are being sent
 TOLD = 32  # connections over the limit that are told so; they take from RESERVED, more of them are closed at once
