@@ -66,7 +66,7 @@ class Living:
             if "agent_removed" in said or "token_invalid" in said:
                 self._killed.set()
                 return
-            if said and "agent_suspended" not in said:  # it says nothing when it ends meanwhile
+            if "agent_suspended" not in said and "router_stopping" not in said:
                 raise
             await trio.sleep(0.1)
             return
