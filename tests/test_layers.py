@@ -54,7 +54,7 @@ SHARED = {"errors", "outcome", "backoff", "clock", "watch", "health", "files", "
 WIRING = {"agent", "assemble", "outside", "__main__"}
 NURSERIES = {
     *("agent", "cli.local", "cli.park", "cli.router", "cli.run", "engine.process", "cache.download", "cache.service"),
-    *("work.sender", "metrics.server", "control.server", "router.app", "cli.doctor_look"),
+    *("work.sender", "metrics.server", "control.server", "router.app", "router.endpoint", "cli.doctor_look"),
 }
 FORK = {"engine.guard"}
 GUARDS = {"work.request", "cli.render", "router.server", "engine.streams"}

@@ -47,7 +47,7 @@ _EXIT: Mapping[Action, Exit] = {
 }
 CODES = frozenset(code for _, code in _BY_CODE) | {
     *("dpop_url", "invalid_request", "lease_unknown", "method_not_allowed", "not_found"),
-    *("rate_limited", "request_too_large", "router_busy", "router_stopping"),
+    *("rate_limited", "request_timeout", "request_too_large", "router_busy", "router_stopping"),
 }
 SKEW_SECONDS = 30.0  # wire-protocol §1: clocks that differ by more are named
 NOT_A_ROUTER = "check that the URL is that of a XIM router"

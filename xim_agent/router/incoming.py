@@ -1,5 +1,7 @@
 """The body of a request: read within a bound, discarded when it is refused, given to a handler as if it just came."""
 
+from contextlib import suppress
+
 import trio
 from starlette.types import Message, Receive
 
@@ -9,7 +11,11 @@ PATIENCE_SECONDS = 90.0  # a client that pauses for a minute still gets its answ
 
 
 class Gone(Exception):
-    """The caller left before its request was complete, or sends nothing more of it."""
+    """The caller left before its request was complete."""
+
+
+class Silent(Exception):
+    """The caller sends nothing more of its request, and keeps the connection."""
 
 
 class TooLarge(Exception):
@@ -22,7 +28,7 @@ class Incoming:
         self._more = True
 
     async def read(self, limit: int) -> bytes:
-        """`limit` in bytes. Raises Gone, TooLarge."""
+        """`limit` in bytes. Raises Gone, Silent, TooLarge."""
         parts, size = [], 0
         while self._more:
             parts.append(await self._part())
@@ -35,8 +41,9 @@ class Incoming:
     async def discard(self) -> None:
         """Reads what is left of a refused body: closing over unread data may take the reply with it. Raises Gone."""
         size = 0
-        while self._more and size <= MAX_BODY:
-            size += len(await self._part())
+        with suppress(Silent):
+            while self._more and size <= MAX_BODY:
+                size += len(await self._part())
 
     async def left(self) -> None:
         """Returns when the caller has closed the connection."""
@@ -46,7 +53,10 @@ class Incoming:
     async def _part(self) -> bytes:
         with trio.move_on_after(PATIENCE_SECONDS) as patience:
             message = await self._receive()
-        if patience.cancelled_caught or message["type"] == "http.disconnect":
+        if patience.cancelled_caught:
+            self._more = False
+            raise Silent
+        if message["type"] == "http.disconnect":
             raise Gone
         self._more = message.get("more_body", False)
         return bytes(message.get("body", b""))
