@@ -404,7 +404,8 @@ class Player:
         """A refusal is right: with all gone that may go, the files alone do not fit."""
         held = [self.serving] if self.serving and self.serving != book.ref.name else []
         fixed = sum(self.world.books[m].allocated for m in held) + _size(self.world.root / "compile")
-        own = sum(len(book.blobs[b]) + 8192 for b in book.blobs.keys() & before.good)  # may be others' as well
+        stored = before.good | before.bad  # may be others' as well
+        own = sum(len(book.blobs[b]) + 8192 for b in book.blobs.keys() & stored)
         assert book.allocated + fixed + own + ROUGH > self.room(), f"refused, and it fits: {error.message}"
 
     # -- the order of eviction ---------------------------------------------------------------------------------------
