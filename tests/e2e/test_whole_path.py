@@ -22,11 +22,16 @@ PROMPT = [{"role": "user", "content": "Tell me a story about a lighthouse."}]
 LONG: dict[str, Any] = {"max_tokens": 8000, "temperature": 0, "seed": 1, "extra_body": {"ignore_eos": True}}
 
 
+def behind(stack: Stack) -> dict[str, str]:
+    """Settings of an agent that knows no way around the proxy: it would take that when the proxy is cut."""
+    return {"XEROTIER_AGENT_ROUTER_URL": stack.proxy.url}
+
+
 @pytest.fixture(scope="module")
 def stack(agent_exe: Path, vllm_launcher: str, toy_model: Path, tmp_path_factory: Any) -> Iterator[Stack]:
     root = tmp_path_factory.mktemp("e2e")
     with running(Stack(str(agent_exe), vllm_launcher, toy_model, root)) as stack:
-        stack.start_agent(XEROTIER_AGENT_JOIN_KEY=stack.join_key)
+        stack.start_agent(XEROTIER_AGENT_JOIN_KEY=stack.join_key, **behind(stack))
         stack.wait_ready()
         yield stack
 
@@ -35,7 +40,7 @@ def stack(agent_exe: Path, vllm_launcher: str, toy_model: Path, tmp_path_factory
 def ready(stack: Stack) -> Stack:
     """The stack, brought back when the test before left it without an agent. No join key: it has a credential."""
     if stack.agent is None or stack.agent.popen.poll() is not None:
-        stack.start_agent()
+        stack.start_agent(**behind(stack))
     stack.wait_ready()
     return stack
 
@@ -358,7 +363,7 @@ def test_starts_again_without_the_join_key(ready: Stack) -> None:
 )
 def test_kill_9_of_the_agent_leaves_nothing(stack: Stack, victim: str, when: str) -> None:
     if stack.agent is None:
-        stack.start_agent()
+        stack.start_agent(**behind(stack))
     assert stack.agent is not None
     if when == "ready":
         stack.wait_ready()

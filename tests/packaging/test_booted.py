@@ -128,7 +128,7 @@ def host(machine_wide: Host) -> Iterator[Host]:
 
 
 def test_a_life(host: Host) -> None:
-    loading = "FAKE_VLLM_SHM=1 FAKE_VLLM_START_SECONDS=4"
+    loading = "FAKE_VLLM_SHM=1 FAKE_VLLM_START_SECONDS=8"  # the status is told every 5 s
     unit = host.set_up(VLLM_ENV=loading)
     host.run("systemctl", "start", unit)  # READY comes before the model does
     assert host.get("http://127.0.0.1:9094/readyz") == 503
