@@ -513,8 +513,11 @@ async def test_what_comes_in_several_headers_of_one_name(bench: Bench, agent: Fa
         headers = [("tracestate", "a=b"), *(("traceparent", p) for p in given), ("tracestate", "c=d")]
         nursery.start_soon(agent.serve_one, answer([b"{}"], kind=JSON))
         async with bench.http() as http:
-            assert (await http.post("/v1/chat/completions", json=ASK, headers=headers)).status_code == 200
+            content = json.dumps(ASK).encode()
+            twice = [*[("content-type", "application/json")] * 2, *headers]
+            assert (await http.post("/v1/chat/completions", content=content, headers=twice)).status_code == 200
         passed = agent.offered[number]["headers"]
+        assert passed["content-type"] == "application/json", "which is no list"
         assert passed.get("tracestate") == ("a=b, c=d" if parent else None)
         assert passed["traceparent"] not in parents if parent is None else passed["traceparent"] == parent
 

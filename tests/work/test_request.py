@@ -148,6 +148,15 @@ async def test_a_body_by_reference(bench: Any, router: Any, autojump_clock: Any)
     assert len(bench.engine.requests) == 1
 
 
+async def test_a_body_whose_client_has_left_is_no_failure(bench: Any, router: Any, autojump_clock: Any) -> None:
+    router.bodies = {"left": [RouterError("lease_unknown", "gone", status=404)]}
+    lease = router.offer(body=None, request="left")
+    await bench.settle(5)
+    assert not router.streams[lease].endings
+    router.say(cancel={lease})
+    assert (await router.ended(lease)).reason == "cancelled"
+
+
 async def test_refused_leases_still_end(bench: Any, router: Any, autojump_clock: Any) -> None:
     bench.engine.script, bench.engine.ceiling = [5.0], 2
     await bench.settle(26)

@@ -24,6 +24,7 @@ KILL_SECONDS = 4.0
 LOOK_SECONDS = 0.5
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # a terminal's and a supervisor's
 BACKGROUND_NICE = 5
+AUTOGROUP_TRIES, AUTOGROUP_SECONDS = 3, 0.11
 
 
 def give_way() -> None:
@@ -37,9 +38,24 @@ def give_way() -> None:
     with contextlib.suppress(OSError):
         if os.sched_getscheduler(0) == os.SCHED_OTHER:
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    # Where sessions share a machine out among themselves, niceness counts within each of them only: sched(7).
-    with contextlib.suppress(OSError), open("/proc/self/autogroup", "w") as file:
-        file.write(str(BACKGROUND_NICE))
+
+
+def session_gives_way(pid: int) -> None:
+    """The same for a session: where these share a machine out among themselves, niceness counts within each: sched(7).
+
+    From outside, once the program has replaced us: before, its files in /proc are root's, since nobody may read its
+    memory. The kernel takes one such change in 100 ms from who is not root.
+    """
+    for _ in range(AUTOGROUP_TRIES):
+        try:
+            with open(f"/proc/{pid}/autogroup", "w") as file:
+                file.write(str(BACKGROUND_NICE))
+        except BlockingIOError:
+            select.select([], [], [], AUTOGROUP_SECONDS)
+        except OSError:
+            return
+        else:
+            return
 
 
 class Guardian:
@@ -157,6 +173,8 @@ class Guardian:
             os.close(status)
             return {"errno": errno}
         self.children[pid] = status
+        if body["background"]:
+            session_gives_way(pid)
         return {"pid": pid}
 
     def become(self, body: dict[str, Any], out: int, err: int, failing: int) -> NoReturn:

@@ -71,8 +71,9 @@ class ClientApi:
         headers: dict[str, str] = {}
         for name, value in request.headers.items():
             if name in _PASSED or name.startswith("x-slo-"):
-                # What comes twice is one list (RFC 9110 §5.3): of `tracestate` it is meant so, two parents are none.
-                headers[name] = f"{headers[name]}, {value}" if name in headers else value
+                # What comes twice is one list (RFC 9110 §5.3), but a content-type is none: the last one counts.
+                several = name in headers and name != "content-type"
+                headers[name] = f"{headers[name]}, {value}" if several else value
         name = f"req-{secrets.token_hex(12)}"
         job = Job(
             request=name,

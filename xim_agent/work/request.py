@@ -1,6 +1,7 @@
 """One lease from its receipt to its one ending. The only place where any exception at all is caught."""
 
 import logging
+import math
 import random
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
@@ -128,6 +129,10 @@ async def _fetch(request: str, bodies: Bodies) -> bytes:
         try:
             return await bodies.lease_body(request)
         except RouterError as error:
-            if error.action is not Action.RETRY or error.code == "reply_too_large":
+            if error.code == "lease_unknown":  # its client has left: the cancel is on its way, and says how it ends
+                wait = math.inf
+            elif error.action is not Action.RETRY or error.code == "reply_too_large":
                 raise
-            await trio.sleep(backoff.next(random.random(), error.retry_after))
+            else:
+                wait = backoff.next(random.random(), error.retry_after)
+        await trio.sleep(wait)
