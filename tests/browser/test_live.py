@@ -84,6 +84,24 @@ def test_what_one_does_the_other_sees(world: World, visit: Visit) -> None:
     expect(other.page.locator("main .empty")).to_be_visible()
 
 
+def test_a_question_is_answered_for_itself_alone(visit: Visit) -> None:
+    """A browser tells that a dialog was closed with its next frame, and the next question may be open by then."""
+    asked = visit().page.evaluate("""async () => {
+        const { confirmed } = await import("/dashboard/core.js");
+        const frame = () => new Promise(requestAnimationFrame);
+        const dialog = document.getElementById("dialog"), answers = [];
+        for (const chosen of ["no", "yes", "no", "yes"]) {
+            answers.push(confirmed(chosen, "", "Do"));
+            dialog.close(chosen);
+        }
+        answers.push(confirmed("last", "", "Do"));
+        await frame().then(frame);
+        dialog.close("yes");
+        return Promise.all(answers);
+    }""")
+    assert asked == [False, True, False, True, True]
+
+
 def test_a_session_that_ended_shows_the_way_back(world: World, visit: Visit) -> None:
     visitor = visit()
     visitor.expected = LOST

@@ -1,13 +1,11 @@
 """What a router keeps of requests and answers, and until when: a body may have 32 MiB, an answer take half an hour."""
 
 import json
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
-from fakes.agent import MODEL, Bench, FakeAgent, answer, running
+from fakes.agent import MODEL, Bench, FakeAgent, answer
 from fakes.dispatching import World, head, stream
 from fakes.garbage import watched
 
@@ -21,19 +19,6 @@ SIZE = 8 << 20
 
 
 @pytest.fixture
-async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
-    async with running(tmp_path / "router", Limits(grace=0.0)) as bench:
-        yield bench
-
-
-@pytest.fixture
-async def agent(bench: Bench) -> FakeAgent:
-    agent = await bench.agent()
-    await agent.poll()
-    return agent
-
-
-@pytest.fixture
 def world() -> World:
     return World()
 
@@ -42,6 +27,7 @@ async def test_a_body_is_there_once_and_until_the_client_has_data(bench: Bench, 
     body = json.dumps({"model": MODEL, "stream": True, "prompt": "x" * SIZE}).encode()
     request = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {bench.api_key}\r\n"
     frames = answer([b"data: 1\n\n", b"data: 2\n\n"])
+    await agent.poll(wait_ms=0)
     async with await trio.open_tcp_stream("127.0.0.1", int(bench.url.rpartition(":")[2])) as client:
         with watched(SIZE) as kept:
             await client.send_all(f"{request}content-length: {len(body)}\r\n\r\n".encode())

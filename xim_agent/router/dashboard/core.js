@@ -101,17 +101,20 @@ export async function api(method, path, body, signal) {
   return reply.status === 204 ? null : reply.json();
 }
 
+let answered = null; // of the question that was asked last
+
 // Asks before something is done; the focus goes back to where it was. True when `verb` was chosen.
 export function confirmed(question, detail, verb) {
   const dialog = byId("dialog");
+  const answer = () => { answered?.(dialog.returnValue === "yes"); answered = null; };
+  answer(); // a browser says that a dialog was closed with its next frame only
+  dialog.onclose = () => { if (!dialog.open) answer(); };
   byId("dialog-question").textContent = question;
   byId("dialog-detail").textContent = detail || "";
   byId("dialog-yes").textContent = verb;
   dialog.returnValue = "no";
   dialog.showModal();
-  return new Promise((resolve) => {
-    dialog.addEventListener("close", () => resolve(dialog.returnValue === "yes"), { once: true });
-  });
+  return new Promise((resolve) => { answered = resolve; });
 }
 
 let clearing;
