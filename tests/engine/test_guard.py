@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -13,13 +15,16 @@ from typing import Any
 import pytest
 import trio
 from fakes.engine import alive, shm, until
+from fakes.user import NOBODY
 
 from xim_agent.engine.guard import Guard
 from xim_agent.engine.leftovers import Leftovers
 from xim_agent.engine.tree import descendants
+from xim_agent.prctl import keep_memory_private
 
 AGENT = Path(__file__).parent.parent / "fakes" / "agent_with_guard.py"
 GONE_SECONDS = 10.0  # what the agent promises
+SESSIONS = Path("/proc/self/autogroup").exists()  # the kernel shares its cores out by session
 HARDEST = {"FAKE_VLLM_CORE": "1", "FAKE_VLLM_SHM": "1"}
 
 
@@ -54,16 +59,43 @@ async def test_in_the_background_it_gives_way_with_all_it_starts(
     guard: Guard, runtime: Path, background: bool, policy: int
 ) -> None:
     os.sched_setscheduler(guard.pid, policy, os.sched_param(0))
-    nice, _, session = standing(guard.pid)
+    nice = os.getpriority(os.PRIO_PROCESS, guard.pid)
     script = "setsid sleep 60 & sleep 60"
     child = await guard.spawn(["/bin/sh", "-c", script], dict(os.environ), "/", nothing(runtime), background=background)
     await until(lambda: len(descendants(child.pid)) == 2)
     here = (nice + 5, os.SCHED_BATCH if policy == os.SCHED_OTHER else policy) if background else (nice, policy)
     for process in [child.pid, *(p.pid for p in descendants(child.pid))]:
         assert standing(process)[:2] == here, "what somebody chose for the agent stays"
-    assert standing(child.pid)[2] == (session and str(5 * background))
+    assert standing(child.pid)[2] == (str(5 * background) if SESSIONS else "")
     await guard.kill_all()
     await child.aclose()
+
+
+def test_the_session_gives_way_where_the_agent_is_not_root() -> None:
+    """Nobody may read such an agent's memory: its files in /proc are root's, its children's too until they execute."""
+    where = Path(tempfile.mkdtemp())
+    os.chown(where, NOBODY if os.geteuid() == 0 else os.geteuid(), -1)
+
+    async def agent(guard: Guard) -> bool:
+        for _ in range(2):  # the kernel takes the second change only 100 ms after the first
+            child = await guard.spawn(["/bin/sleep", "60"], {}, "/", nothing(where), background=True)
+            if standing(child.pid)[2] != ("5" if SESSIONS else ""):
+                return False
+        return await guard.kill_all() == []
+
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            if os.geteuid() == 0:
+                os.setuid(NOBODY)
+            keep_memory_private()
+            code = 0 if trio.run(agent, Guard.start()) else 2
+        finally:
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    shutil.rmtree(where)
+    assert code == 0
 
 
 async def test_what_cannot_be_executed_is_an_error(guard: Guard, runtime: Path) -> None:

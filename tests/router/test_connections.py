@@ -4,10 +4,12 @@ import json
 import logging
 import os
 import resource
+import ssl
 import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import msgspec
@@ -15,8 +17,9 @@ import pytest
 import trio
 import trio.testing
 from fakes.agent import MODEL, Bench, FakeAgent, head, until
+from fakes.tls import certificate
 
-from xim_agent.router.server import MOST_FILES, TOLD, Server, raise_file_limit
+from xim_agent.router.server import MOST_FILES, TOLD, Server, open_tls, raise_file_limit
 
 MOST = 2
 
@@ -68,26 +71,37 @@ async def test_one_connection_too_many(bench: Bench, port: int, caplog: pytest.L
 class Stoppable:
     """The same router behind one more listener, which is stopped as the process would stop it."""
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: Bench, tls: ssl.SSLContext | None = None) -> None:
         self._router = bench.router
+        self._tls = tls
         self.scope = trio.CancelScope()
 
     async def run(self, task_status: trio.TaskStatus[int]) -> None:
         (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
         task_status.started(listener.socket.getsockname()[1])
+        secured: Any = trio.SSLListener(listener, self._tls, https_compatible=True) if self._tls else listener
         with self.scope:
-            await trio.serve_listeners(Server(self._router).connection, [listener])
+            await trio.serve_listeners(Server(self._router).connection, [secured])
 
 
-async def test_who_waits_when_the_router_is_stopped(bench: Bench, agent: FakeAgent, nursery: trio.Nursery) -> None:
+@pytest.mark.parametrize("tls", [False, True])
+async def test_who_waits_when_the_router_is_stopped(
+    bench: Bench, agent: FakeAgent, nursery: trio.Nursery, tmp_path: Path, tls: bool
+) -> None:
     """A held poll, a queued request and half a request have an answer that says why, and what to do."""
-    server = Stoppable(bench)
+    pair = certificate(tmp_path, host="localhost")
+    trusting = ssl.create_default_context(cafile=str(pair[0]))
+    server = Stoppable(bench, open_tls(*pair) if tls else None)
     port = await nursery.start(server.run)
     replies: list[tuple[str, str]] = []
 
     async def wait(path: str, fields: str, body: bytes, missing: int = 0) -> None:
         fields += f"host: x\r\ncontent-length: {len(body) + missing}\r\n\r\n"
-        async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+        plain = await trio.open_tcp_stream("127.0.0.1", port)
+        stream: Any = plain
+        if tls:
+            stream = trio.SSLStream(plain, trusting, server_hostname="localhost", https_compatible=True)
+        async with stream:
             await stream.send_all(f"POST {path} HTTP/1.1\r\n{fields}".encode() + body)
             reply = b"".join([part async for part in stream])
         first, _, rest = reply.decode().partition("\r\n\r\n")

@@ -42,7 +42,8 @@ class Endpoint(Generic[Who]):
         try:
             await self._call(scope, receive, with_protocol(send) if self.agents else send)
         finally:
-            if trio.current_effective_deadline() == -math.inf:  # not the caller left, that ends in `_call`
+            # We stop, or this connection broke: a caller that left is dealt with in `_call`.
+            if trio.current_effective_deadline() == -math.inf:
                 with trio.move_on_after(LAST_WORD_SECONDS, shield=True):
                     await stopping(scope, receive, send)
 

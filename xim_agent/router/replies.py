@@ -143,7 +143,7 @@ async def full(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 async def stopping(scope: Scope, receive: Receive, send: Send) -> None:
-    """For every caller that has no reply yet when the router is stopped. One whose reply has begun is cut off.
+    """For a caller that has no reply yet when the router is stopped. One whose reply has begun is cut off.
 
     An agent is told no time: by itself it tries again sooner than any that could be promised.
     """

@@ -31,8 +31,7 @@ RETRY_MAX_SECONDS = 30.0
 CLONE_SECONDS = 150.0
 # Who asks to drain, beside operators.
 STOP, ROUTER = "a stop", "the router"
-# Refused so often in a row, we are the later one whatever the clocks say.
-CLONE_REFUSALS = 4
+CLONE_REFUSALS = 4  # refused so often in a row, we are the later one whatever the clocks say
 
 
 class PollTransport(Bodies, Protocol):
