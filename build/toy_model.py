@@ -2,6 +2,9 @@
 
 Two layers of random weights from a fixed seed and its own byte-level tokenizer, so nothing is downloaded and the same
 versions give the same files. Its answers are noise, but at temperature 0 always the same noise.
+
+As in real models, a matrix is larger than 1 MiB, also half of it: for those vLLM takes oneDNN, which asks the kernel
+for AMX. vLLM's own kernels use AMX without asking, and on a processor that has it a smaller model ends with SIGILL.
 """
 
 import os
@@ -17,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 512
+INTERMEDIATE = 4160
 SPECIAL = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -52,11 +56,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def model(eos: int) -> LlamaForCausalLM:
     torch.manual_seed(20240)
-    return LlamaForCausalLM(
+    made = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCABULARY,
             hidden_size=128,
-            intermediate_size=256,
+            intermediate_size=INTERMEDIATE,
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
@@ -68,7 +72,10 @@ def model(eos: int) -> LlamaForCausalLM:
             pad_token_id=eos,
             tie_word_embeddings=False,
         )
-    ).to(torch.bfloat16)
+    )
+    for layer in made.model.layers:  # so that many intermediate values weigh no more than 256
+        layer.mlp.down_proj.weight.data *= (256 / INTERMEDIATE) ** 0.5
+    return made.to(torch.bfloat16)
 
 
 def main() -> None:

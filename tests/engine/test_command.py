@@ -41,7 +41,8 @@ def test_the_whole_command_line_of_a_cpu_host() -> None:
     ]  # fmt: skip
     assert made_plan.env == {
         "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
-        "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
+        "PYTHONFAULTHANDLER": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
+        "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
         "VLLM_RPC_BASE_PATH": "/run/x/t", "TMPDIR": "/run/x/t", "VLLM_CACHE_ROOT": "/cache/v",
         "TRITON_CACHE_DIR": "/cache/v/triton", "TORCHINDUCTOR_CACHE_DIR": "/cache/v/inductor",
         "VLLM_HOST_IP": "127.0.0.1", "VLLM_USE_AOT_COMPILE": "0",

@@ -19,7 +19,7 @@ RETRIED = {
         "gpu_out_of_memory_cublas",
         "gpu_out_of_memory_hip",
     ],
-    "shm_too_small": ["shm_too_small", "nccl_shm_too_small"],
+    "shm_too_small": ["shm_too_small", "nccl_shm_too_small", "worker_bus_error"],
     "disk_full": ["disk_full_cache"],
     "host_out_of_memory": ["kv_above_memory", "rlimit_as_start", "rlimit_as_kv_cache"],
     "limit_reached": ["rlimit_nofile"],
@@ -31,6 +31,7 @@ RETRIED = {
     "no_permission": ["socket_no_permission", "config_no_permission", "cache_no_permission", "tmp_no_permission"],
     "weights_unreadable": ["weights_no_permission"],
     "launcher_broken": ["import_broken"],
+    "engine_crashed": ["worker_segfault", "worker_aborted"],
     "engine_killed": ["core_killed_serving", "core_killed_starting", "worker_killed_serving"],
     "engine_failed": ["unknown"],
 }
@@ -50,6 +51,7 @@ NOT_RETRIED = {
         "weights_other_shape",
     ],
     "parallel_impossible": ["tp_above_cores", "tp_cores_default", "tp_not_divisor", "tensor_parallel_above_gpus"],
+    "cpu_unsupported": ["amx_eager"],
     "pipeline_not_warmed_up": ["pp_eager_on_cpu"],
     "quantization_unsupported": [
         "quantization_unknown",

@@ -13,7 +13,7 @@ from xim_agent.config.fields import Config
 from xim_agent.config.mask import masked_arguments
 from xim_agent.engine import arguments
 from xim_agent.engine.budget import GIB, TYPICAL_FLOOR, Wishes
-from xim_agent.engine.environment import CPU_COMPILATION, PRIVATE, cpu_threads, directories, pairs
+from xim_agent.engine.environment import CPU_COMPILATION, LAST_WORD, PRIVATE, cpu_threads, directories, pairs
 from xim_agent.engine.facts import ModelFacts
 from xim_agent.engine.sizing import Sizing, ceiling, size
 from xim_agent.errors import AgentError, Exit
@@ -142,7 +142,7 @@ def plan(
     if any(word.startswith("--enable-log-requests") for word in later):
         warnings.append("--enable-log-requests: vLLM then logs prompts, and the agent's log holds what vLLM says")
     argv = (places.launcher, "serve", places.model, *arguments.merged(own, from_router, from_operator))
-    env = {**PRIVATE, **directories(places.scratch, places.compile_cache), **_options(config)}
+    env = {**PRIVATE, **LAST_WORD, **directories(places.scratch, places.compile_cache), **_options(config)}
     if hardware.accelerator == "cpu":
         env |= CPU_COMPILATION | cpu_threads(hardware, wishes.ranks)
         if sizing and wishes.kv_bytes is None:  # it would beat the operator's flags

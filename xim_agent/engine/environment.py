@@ -17,6 +17,9 @@ PRIVATE = {  # no word to anybody, and no fetching for a request
     "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
 }
 
+# A process that a fault ends says which and where: else only its parent tells the signal, and not always.
+LAST_WORD = {"PYTHONFAULTHANDLER": "1"}
+
 # vLLM 0.32 on CPU keeps the models it compiled ahead of time, cannot load them, and compiles again at every start.
 # Without them it finds what Inductor has kept: a second start takes half the CPU time (tests/bench/engine_start.py).
 CPU_COMPILATION = {"VLLM_USE_AOT_COMPILE": "0"}

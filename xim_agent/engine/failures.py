@@ -49,7 +49,8 @@ _CLASSES = (
     _row("context_too_long", r"is greater than the derived max_model_len",
          "lower MAX_MODEL_LEN, or the assignment's, to what the model was made for", retry=False),
     _row("shm_too_small", r"No space left on device.*/dev/shm|/dev/shm.*No space left|unable to (mmap|write).*shm|"
-         r"Insufficient space in /dev/shm|creating shared memory segment|exit code: -7\)",
+         r"Insufficient space in /dev/shm|creating shared memory segment|exit code: -7\)|"
+         r"Fatal Python error: Bus error",
          "make /dev/shm larger (docker: --shm-size=16g)"),
     _row("disk_full", r"No space left on device|Disk quota exceeded",
          "free space on the disks of MODEL_CACHE_PATH and of the runtime directory"),
@@ -96,6 +97,11 @@ _CLASSES = (
     _row("pipeline_not_warmed_up", r"assert self\.intermediate_tensors is not None",
          "leave --enforce-eager out of VLLM_ARGS and the assignment, or lower PIPELINE_PARALLEL_SIZE to 1" + _RESTART,
          retry=False),
+    # Healthy until then too: vLLM's own kernels use AMX, which the kernel refuses to who has not asked for it; oneDNN,
+    # which compiled models and all with a matrix above 1 MiB use, asks.
+    _row("cpu_unsupported", r"Fatal Python error: Illegal instruction|exit code: -4\)",
+         "use a vLLM built for this processor (lscpu tells what it can do); if it has AMX, leave --enforce-eager out "
+         "of VLLM_ARGS and the assignment" + _RESTART, retry=False),
     _row("quantization_unsupported", r"Unknown quantization method|Cannot find the config file for|"
          r"[Qq]uantization .*not (currently )?supported|does not match the quantization method|"
          r"static_scaled_fp8_quant|[Pp]lease install bitsandbytes|No module named 'bitsandbytes'",
@@ -111,6 +117,9 @@ _CLASSES = (
          "change the assignment's engine_args, or VLLM_ARGS" + _RESTART, retry=False),
     _row("launcher_broken", r"ModuleNotFoundError|ImportError|PackageNotFoundError|cannot open shared object file",
          "repair the installation that VLLM_PATH names"),
+    _row("engine_crashed", r"Fatal Python error: (Segmentation fault|Aborted)|Segfault encountered|"
+         r"exit code: -(6|11)\)",
+         "use another version of vLLM when it comes again; where it crashed is in the agent's log"),
     _row("engine_killed", r"died unexpectedly", _KILLED),
 )  # fmt: skip
 _MEMORY = next(row for row in _CLASSES if row.code == "host_out_of_memory")
