@@ -4,7 +4,8 @@ Two layers of random weights from a fixed seed and its own byte-level tokenizer,
 versions give the same files. Its answers are noise, but at temperature 0 always the same noise.
 
 As in real models, a matrix is larger than 1 MiB, also half of it: for those vLLM takes oneDNN, which asks the kernel
-for AMX. vLLM's own kernels use AMX without asking, and on a processor that has it a smaller model ends with SIGILL.
+for AMX. vLLM's own kernels use AMX without asking: where there is AMX, a smaller model ends with SIGILL when it is not
+compiled (--enforce-eager).
 """
 
 import os

@@ -1,5 +1,6 @@
 import re
-from dataclasses import fields
+import signal
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ RETRIED = {
         "gpu_out_of_memory_cublas",
         "gpu_out_of_memory_hip",
     ],
-    "shm_too_small": ["shm_too_small", "nccl_shm_too_small", "worker_bus_error"],
+    "shm_too_small": ["shm_too_small", "nccl_shm_too_small"],
     "disk_full": ["disk_full_cache"],
     "host_out_of_memory": ["kv_above_memory", "rlimit_as_start", "rlimit_as_kv_cache"],
     "limit_reached": ["rlimit_nofile"],
@@ -31,6 +32,7 @@ RETRIED = {
     "no_permission": ["socket_no_permission", "config_no_permission", "cache_no_permission", "tmp_no_permission"],
     "weights_unreadable": ["weights_no_permission"],
     "launcher_broken": ["import_broken"],
+    "bus_error": ["worker_bus_error"],
     "engine_crashed": ["worker_segfault", "worker_aborted"],
     "engine_killed": ["core_killed_serving", "core_killed_starting", "worker_killed_serving"],
     "engine_failed": ["unknown"],
@@ -119,7 +121,7 @@ def test_readme_has_the_table() -> None:
         f"| `{row.code}` | {row.remedy.replace('|', chr(92) + '|')} | {'yes' if row.retry else 'no'} |"
         for row in failures._CLASSES
     ]
-    readme_part(BEGIN, "\n".join(rows) + "\n", END)
+    readme_part(BEGIN, "\n".join(dict.fromkeys(rows)) + "\n", END)
 
 
 def test_its_core_may_die_and_the_server_end_with_0() -> None:
@@ -165,6 +167,45 @@ def test_signals_and_our_own_reasons_are_named() -> None:
     assert "SIGKILL" in classify(-9, "").text
     assert classify(-11, "").text == "vLLM was ended by SIGSEGV"
     assert classify(None, "INFO up", "vLLM has made no step for 60 s").text == "vLLM has made no step for 60 s"
+
+
+FAULTS = {
+    signal.SIGILL: ("Illegal instruction", "cpu_unsupported"),
+    signal.SIGBUS: ("Bus error", "bus_error"),
+    signal.SIGSEGV: ("Segmentation fault", "engine_crashed"),
+    signal.SIGABRT: ("Aborted", "engine_crashed"),
+    signal.SIGFPE: ("Floating point exception", "engine_crashed"),
+    signal.SIGKILL: (None, "engine_killed"),
+}
+DUMP = """Fatal Python error: {}
+
+Current thread 0x00007fceeffd76c0 (most recent call first):
+  File "/opt/vllm/pynvml.py", line 395 in nvmlDeviceGetMemoryErrorCounter
+  File "/opt/vllm/x.py", line 1 in <module>
+
+Extension modules: numpy.MemoryError, torch._C (total: 2)
+"""
+PROCESS = "Worker proc VllmWorker-0 died unexpectedly (exit code: {}), shutting down executor."
+
+
+@pytest.mark.parametrize("signum", FAULTS)
+def test_a_fault_has_one_class_wherever_it_is_told(signum: signal.Signals) -> None:
+    words, code = FAULTS[signum]
+    assert classify(-signum, "").code == code
+    assert classify(1, PROCESS.format(-signum)).code == code
+    assert classify(1, f"RuntimeError: See root cause. Failed core proc(s): {{'EngineCore': {-signum}}}").code == code
+    if words:
+        assert classify(0, DUMP.format(words) + PROCESS.format(None)).code == code
+        assert classify(1, DUMP.format(words) + PROCESS.format(-9), oom="cgroup").code == "host_out_of_memory"
+        assert classify(-9, DUMP.format(words)).code == "engine_killed"
+        assert classify(1, "set_mempolicy: Operation not permitted\n" + DUMP.format(words)).code == code
+
+
+@pytest.mark.parametrize("name", ["gpu_lost_ecc", "gpu_fault_illegal_access", "disk_full_cache", "weights_truncated"])
+def test_what_was_said_before_a_fault_is_the_cause(name: str) -> None:
+    said = (TAILS / f"{name}.txt").read_text()
+    for words, _ in FAULTS.values():
+        assert classify(1, said + DUMP.format(words)) == replace(classify(1, said), tail=said + DUMP.format(words))
 
 
 def test_metrics_as_vllm_writes_them() -> None:

@@ -111,6 +111,23 @@ async def test_crashing_starts_are_retried_and_named(
     await service.stop()
 
 
+@pytest.mark.parametrize(
+    ("words", "whole"), [("Fatal Python error: Aborted", True), ("torch.OutOfMemoryError: CUDA out of memory", False)]
+)
+async def test_all_it_wrote_is_logged_where_the_remedy_is_not_enough(
+    bench: Bench, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch, error_logs: list[Any], words: str, whole: bool
+) -> None:
+    monkeypatch.setattr(state, "FIRST_DELAY", 0.05)
+    bench.env |= {"FAKE_VLLM_EXIT": "1", "FAKE_VLLM_EXIT_FIRST": "1", "FAKE_VLLM_STDERR": f"{words}\n\n  File x in y"}
+    service = bench.service()
+    await begin(service, nursery, bench)
+    await ready(service)
+    (record,) = error_logs
+    assert words in record.getMessage()
+    assert ("File x in y" in record.getMessage()) == whole
+    await service.stop()
+
+
 async def test_five_failures_in_ten_minutes_are_degraded(
     bench: Bench, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch, error_logs: list[Any]
 ) -> None:

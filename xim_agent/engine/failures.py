@@ -9,7 +9,7 @@ from xim_agent.engine.oom import Where
 
 @dataclass(frozen=True)
 class Failure:
-    """`text` is one line for people; `tail` the end of stderr, shown whole where the class is `engine_failed`."""
+    """`text` is one line for people; `tail` the end of stderr, shown whole where the class is one of `UNEXPLAINED`."""
 
     code: str
     text: str
@@ -30,6 +30,13 @@ def _row(code: str, pattern: str, remedy: str, *, retry: bool = True) -> _Class:
     return _Class(code, re.compile(pattern), remedy, retry)
 
 
+def _ended_by(*signals: signal.Signals) -> str:
+    """As vLLM tells of its processes, and `_by_words` of vLLM itself."""
+    return rf"(exit code: |'EngineCore\w*': )-({'|'.join(str(int(signum)) for signum in signals)})\b"
+
+
+# Where the remedy does not say all that can be known: the rest is in what vLLM wrote.
+UNEXPLAINED = ("engine_failed", "engine_crashed", "cpu_unsupported")
 _KILLED = "when the kernel did it, memory ran out (dmesg | grep -i oom): lower MAX_NUM_SEQS or MAX_MODEL_LEN"
 _RESTART = "; then restart the agent"
 # The first that matches wins: causes before the errors that follow from them. Without retry are those where the same
@@ -49,8 +56,7 @@ _CLASSES = (
     _row("context_too_long", r"is greater than the derived max_model_len",
          "lower MAX_MODEL_LEN, or the assignment's, to what the model was made for", retry=False),
     _row("shm_too_small", r"No space left on device.*/dev/shm|/dev/shm.*No space left|unable to (mmap|write).*shm|"
-         r"Insufficient space in /dev/shm|creating shared memory segment|exit code: -7\)|"
-         r"Fatal Python error: Bus error",
+         r"Insufficient space in /dev/shm|creating shared memory segment",
          "make /dev/shm larger (docker: --shm-size=16g)"),
     _row("disk_full", r"No space left on device|Disk quota exceeded",
          "free space on the disks of MODEL_CACHE_PATH and of the runtime directory"),
@@ -80,7 +86,8 @@ _CLASSES = (
          "tells more"),
     _row("socket_in_use", r"[Aa]ddress already in use",
          "end the program that holds the engine's socket or port, or set VLLM_SOCKET_PATH"),
-    _row("no_permission", r"PermissionError|Permission denied|Operation not permitted",
+    _row("no_permission", r"PermissionError|Permission denied|"
+         r"^(?!.*(mempolicy|mbind|migrate_pages)).*Operation not permitted",  # they do no harm
          "give the agent's user access to the path named above"),
     _row("weights_unreadable", r"No such file or directory: .*\.safetensors",
          "make the file readable for the agent's user, or publish the model again (safetensors says this of both)"),
@@ -97,11 +104,6 @@ _CLASSES = (
     _row("pipeline_not_warmed_up", r"assert self\.intermediate_tensors is not None",
          "leave --enforce-eager out of VLLM_ARGS and the assignment, or lower PIPELINE_PARALLEL_SIZE to 1" + _RESTART,
          retry=False),
-    # Healthy until then too: vLLM's own kernels use AMX, which the kernel refuses to who has not asked for it; oneDNN,
-    # which compiled models and all with a matrix above 1 MiB use, asks.
-    _row("cpu_unsupported", r"Fatal Python error: Illegal instruction|exit code: -4\)",
-         "use a vLLM built for this processor (lscpu tells what it can do); if it has AMX, leave --enforce-eager out "
-         "of VLLM_ARGS and the assignment" + _RESTART, retry=False),
     _row("quantization_unsupported", r"Unknown quantization method|Cannot find the config file for|"
          r"[Qq]uantization .*not (currently )?supported|does not match the quantization method|"
          r"static_scaled_fp8_quant|[Pp]lease install bitsandbytes|No module named 'bitsandbytes'",
@@ -117,15 +119,25 @@ _CLASSES = (
          "change the assignment's engine_args, or VLLM_ARGS" + _RESTART, retry=False),
     _row("launcher_broken", r"ModuleNotFoundError|ImportError|PackageNotFoundError|cannot open shared object file",
          "repair the installation that VLLM_PATH names"),
-    _row("engine_crashed", r"Fatal Python error: (Segmentation fault|Aborted)|Segfault encountered|"
-         r"exit code: -(6|11)\)",
+    # Last, for what dies so may have said why; whom the kernel killed first, for the others may fall over that.
+    _row("engine_killed", _ended_by(signal.SIGKILL), _KILLED),
+    # On a CPU vLLM's own kernels use AMX, which is for who asked the kernel for it: oneDNN asks, which compiled models
+    # use, and all with a matrix above 1 MiB. The others are healthy until their first request.
+    _row("cpu_unsupported", r"Fatal Python error: Illegal instruction|" + _ended_by(signal.SIGILL),
+         "use a vLLM built for this processor (lscpu tells what it can do); if it has AMX, leave --enforce-eager out "
+         "of VLLM_ARGS and the assignment (vLLM then needs g++ and Python's headers)" + _RESTART, retry=False),
+    _row("bus_error", r"Fatal Python error: Bus error|" + _ended_by(signal.SIGBUS),
+         "make /dev/shm larger when it is full (df /dev/shm; docker: --shm-size=16g), else look at the disk under "
+         "MODEL_CACHE_PATH (dmesg)"),
+    _row("engine_crashed", r"Fatal Python error: (Segmentation fault|Aborted|Floating point exception)|Segfault enc|"
+         + _ended_by(signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGTRAP, signal.SIGSYS),
          "use another version of vLLM when it comes again; where it crashed is in the agent's log"),
     _row("engine_killed", r"died unexpectedly", _KILLED),
 )  # fmt: skip
 _MEMORY = next(row for row in _CLASSES if row.code == "host_out_of_memory")
 _OOM = {"cgroup": "in the agent's own container or unit", "machine": "on this machine"}
-# What vLLM writes as a warning may name errors that it only fears.
-_QUIET = re.compile(r"^(?:\([^)]*\) )?(?:DEBUG|INFO|WARNING)\b")
+# What vLLM writes as a warning may name errors that it only fears; a dump of Python's names all that was loaded.
+_QUIET = re.compile(r"^(?:\([^)]*\) )?(?:DEBUG|INFO|WARNING)\b|^File \".*\", line \d+ in |^Extension modules: ")
 _UNKNOWN = "look at the end of what vLLM wrote: the agent's log has it whole, up to 64 KiB"
 # Of processes that say what happens to another one: cause (ends without these are without a word) and consequence.
 _DYING = re.compile(r"EngineCore (failed to start|encountered a fatal error)")
@@ -148,7 +160,7 @@ def classify(status: int | None, tail: str, what: str = "", *, served: bool = Fa
 
 
 def _by_words(status: int | None, tail: str, what: str, *, served: bool) -> Failure:
-    lines = [line.strip() for line in tail.splitlines() if line.strip() and not _QUIET.match(line)]
+    lines = [line for each in tail.splitlines() if (line := each.strip()) and not _QUIET.match(line)]
     named = [line for line in lines if _ERROR_LINE.search(line)]
     causes = [line for line in named if not _FOLLOWS.search(line)]
     last = (causes or named or ([] if what else lines) or [""])[-1]
@@ -156,11 +168,15 @@ def _by_words(status: int | None, tail: str, what: str, *, served: bool) -> Fail
         what = (
             f"vLLM was ended by {_signal(-status)}" if status is not None and status < 0 else f"vLLM exited ({status})"
         )
+    ending = f"exit code: {status}"
     for row in _CLASSES:  # also with status 0: with it vLLM ends when its EngineCore has died
-        if any(row.pattern.search(line) for line in lines):
-            cause = next(line for line in reversed(lines) if row.pattern.search(line))
-            return Failure(row.code, f"{what}: {_said(cause)}", row.remedy, row.retry or served, tail)
-    if status == -signal.SIGKILL or (_FOLLOWS.search(tail) and not _DYING.search(tail)):
+        telling = [line for line in lines if row.pattern.search(line)]
+        if telling or row.pattern.search(ending):
+            cause = (telling or [last])[-1]
+            return Failure(
+                row.code, f"{what}: {_said(cause)}" if cause else what, row.remedy, row.retry or served, tail
+            )
+    if _FOLLOWS.search(tail) and not _DYING.search(tail):
         return Failure("engine_killed", f"{what}: {_said(last)}" if last else what, _KILLED, tail=tail)
     return Failure("engine_failed", f"{what}: {_said(last)}" if last else what, _UNKNOWN if tail else "", tail=tail)
 

@@ -13,7 +13,7 @@ from xim_agent.clock import Clock
 from xim_agent.config.fields import Config
 from xim_agent.engine.client import EngineClient
 from xim_agent.engine.command import Plan
-from xim_agent.engine.failures import Failure, classify
+from xim_agent.engine.failures import UNEXPLAINED, Failure, classify
 from xim_agent.engine.gate import Gate, ReadMemory
 from xim_agent.engine.guard import Guard, GuardLost
 from xim_agent.engine.oom import Counts
@@ -258,7 +258,7 @@ class EngineService:
         self._become(EngineState.FAILED)
         next_start = delay if failure.retry else None
         known = {"error_class": failure.code, "remedy": failure.remedy, "next_start_seconds": next_start}
-        tail = f"\n{failure.tail}" if failure.code == "engine_failed" and failure.tail else ""
+        tail = f"\n{failure.tail}" if failure.code in UNEXPLAINED and failure.tail else ""
         log.error("%s%s", failure.text, tail, extra=known)
         return delay
 
