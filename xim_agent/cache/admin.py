@@ -1,6 +1,5 @@
 """What an operator may ask of a cache and do to it; the same beside a running agent and without one."""
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,12 +9,11 @@ import trio
 from xim_agent.cache.inventory import Evict, Inventory, What, evict
 from xim_agent.cache.ledger import Cause, age_of
 from xim_agent.cache.listing import Listing, Names, held, listing
+from xim_agent.cache.manifest import DIGEST
 from xim_agent.cache.plan import STALE
 from xim_agent.cache.service import Cache, named
 from xim_agent.cache.verify import verify
 from xim_agent.errors import AgentError, Exit
-
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,7 @@ class Commands:
             before = now
             now, step = evict(now, what, key, frozenset())
             if what == "orphans":  # a name of another kind is a chunk that is being written
-                blobs = frozenset(b for b in step.blobs if _DIGEST.fullmatch(b))
+                blobs = frozenset(b for b in step.blobs if DIGEST.fullmatch(b))
                 step = Evict(what, key, sum(before.blobs[b] for b in blobs), blobs)
             if step.bytes == 0 and what != "partial":  # directories alone take no block on some file systems
                 continue

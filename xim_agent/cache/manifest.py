@@ -20,7 +20,7 @@ MARKER = ".xim-manifest"  # in a ready directory: the digest of the manifest it 
 
 Codec = Literal["raw", "zstd", "zstd-split2"]
 
-_DIGEST = re.compile(r"[0-9a-f]{64}")
+DIGEST = re.compile(r"[0-9a-f]{64}")
 _COMPONENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _DRIVE = re.compile(r"[A-Za-z]:")
 _RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])( *\..*)?", re.IGNORECASE)
@@ -91,7 +91,7 @@ def encode(manifest: Manifest) -> bytes:
 def manifest_digest(reference: str) -> str:
     """`sha256:<hex>` → hex. Raises ManifestRefused."""
     kind, _, digest = reference.partition(":")
-    if kind != "sha256" or not _DIGEST.fullmatch(digest):
+    if kind != "sha256" or not DIGEST.fullmatch(digest):
         raise ManifestRefused("manifest_reference", f"not a manifest reference: {reference[:100]!r}")
     return digest
 
@@ -221,7 +221,7 @@ def _check_file(file: File, stored: dict[str, int], plain: dict[str, int]) -> No
 
     The same bytes may be a raw chunk elsewhere: a model may hold a compressed copy of one of its files.
     """
-    if file.size < 0 or not _DIGEST.fullmatch(file.sha256):
+    if file.size < 0 or not DIGEST.fullmatch(file.sha256):
         raise ManifestRefused("sizes" if file.size < 0 else "digest", f"bad size or digest of {file.path!r}")
     last = len(file.chunks) - 1
     for j, chunk in enumerate(file.chunks):
@@ -230,7 +230,7 @@ def _check_file(file: File, stored: dict[str, int], plain: dict[str, int]) -> No
             raise ManifestRefused(
                 "unknown_codec", f"{where} has the codec {chunk.codec[:40]!r}", hint="it needs a newer agent"
             )
-        if not _DIGEST.fullmatch(chunk.blob):
+        if not DIGEST.fullmatch(chunk.blob):
             raise ManifestRefused("digest", f"{where} has a malformed digest")
         full = chunk.size == CHUNK if j < last else 1 <= chunk.size <= CHUNK
         fits = chunk.stored == chunk.size if chunk.codec == "raw" else 1 <= chunk.stored <= chunk.size

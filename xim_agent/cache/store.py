@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import stat
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -14,14 +13,13 @@ from xim_agent.cache import claim, codec, tree
 from xim_agent.cache.index import Entry, Index
 from xim_agent.cache.inventory import Evict, Inventory, Model
 from xim_agent.cache.inventory import Partial as PartialBytes
-from xim_agent.cache.manifest import MARKER, MAX_MANIFEST, Manifest, ManifestRefused, check
+from xim_agent.cache.manifest import DIGEST, MARKER, MAX_MANIFEST, Manifest, ManifestRefused, check
 from xim_agent.cache.partial import Partial
 from xim_agent.cache.sweep import FOLDERS, sweep
 
 log = logging.getLogger("xim_agent.cache")
 
 DAMAGED_MANIFEST = "manifest-"  # in the quarantine, for `cache verify`
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass
@@ -106,7 +104,7 @@ class Store:
             digest = (tree.read(path / MARKER, 64) or b"").decode(errors="replace")
         except (OSError, tree.Foreign):
             digest = ""
-        if _DIGEST.fullmatch(digest) and digest not in self.ready:
+        if DIGEST.fullmatch(digest) and digest not in self.ready:
             self.ready[digest] = path
         else:
             name = sha256(os.fsencode(path)).hexdigest()[:32]  # its own could be too long, or hide in a listing

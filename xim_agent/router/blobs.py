@@ -10,7 +10,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-_DIGEST = re.compile(r"[0-9a-f]{64}")
+from xim_agent.cache.manifest import DIGEST
+
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.IGNORECASE)
 _PIECE = 256 * 1024
 _ENCODE_ABOVE = 1024
@@ -20,7 +21,7 @@ async def manifest_endpoint(request: Request) -> Response:
     """`GET …/manifests/{sha256}`: the manifest, as zstd where the agent accepts that."""
     digest = request.path_params["sha256"]
     path = _models(request) / "manifests" / f"{digest}.json"
-    if not _DIGEST.fullmatch(digest) or not await trio.to_thread.run_sync(path.is_file):
+    if not DIGEST.fullmatch(digest) or not await trio.to_thread.run_sync(path.is_file):
         return _not_found("manifest", digest)
     data = await trio.to_thread.run_sync(path.read_bytes)
     headers = {"ETag": f'"{digest}"', "Vary": "Accept-Encoding"}
@@ -34,7 +35,7 @@ async def blob_endpoint(request: Request) -> Response:
     """`GET …/blobs/{sha256}`: the stored bytes of one chunk; 206 and 416 for one range, 304 where the agent has it."""
     digest = request.path_params["sha256"]
     path = _models(request) / "blobs" / digest[:2] / digest
-    if not _DIGEST.fullmatch(digest) or not await trio.to_thread.run_sync(path.is_file):
+    if not DIGEST.fullmatch(digest) or not await trio.to_thread.run_sync(path.is_file):
         return _not_found("blob", digest)
     try:
         size = (await trio.to_thread.run_sync(path.stat)).st_size

@@ -2,7 +2,6 @@
 
 import fcntl
 import os
-import re
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -12,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from xim_agent import files
-from xim_agent.cache.manifest import ManifestRefused, check
+from xim_agent.cache.manifest import DIGEST, ManifestRefused, check
 from xim_agent.errors import AgentError, Exit
 from xim_agent.router.catalog import ALL, Published, models
 from xim_agent.router.sql import rows, transaction
-
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -163,7 +160,7 @@ def garbage(db: sqlite3.Connection, directory: Path) -> Garbage:
     chunks = [p for folder in _entries(root / "blobs") if folder.is_dir() for p in _entries(folder)]
     dead = [p for p in chunks if p.name not in blobs]
     size = sum(map(files.disk_bytes, useless + dead))
-    return Garbage((*useless, *dead), sum(bool(_DIGEST.fullmatch(p.name)) for p in dead), size)
+    return Garbage((*useless, *dead), sum(bool(DIGEST.fullmatch(p.name)) for p in dead), size)
 
 
 def _named(path: Path, digest: str, model: Published) -> frozenset[str]:
